@@ -1,0 +1,92 @@
+"""What a training step receives: pictures, packed texts and the random choices already made for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from imglish.nn.segments import Segments
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """N token sequences as packed rows: ``ids`` int64 ``(T,)`` with the lengths in ``segments``."""
+
+    ids: Tensor
+    segments: Segments
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]]) -> TextBatch:
+        """Pack lists of token ids. An empty list of sequences or an empty sequence is allowed."""
+        flat = [token for sequence in sequences for token in sequence]
+        return TextBatch(torch.tensor(flat, dtype=torch.int64), Segments.of(len(s) for s in sequences))
+
+    def __len__(self) -> int:
+        return self.segments.count
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> TextBatch:
+        return TextBatch(move(self.ids), self.segments)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True)
+class MaskedTexts:
+    """The texts of a batch with tokens masked for MLM, row for row beside :class:`TextBatch`.
+
+    ids: int64 ``(T,)``; rows: int64 ``(M,)`` row numbers whose token is to be predicted, ascending;
+    labels: int64 ``(M,)`` the original tokens; counts: how many of the M lie in each text (host).
+    """
+
+    ids: Tensor
+    rows: Tensor
+    labels: Tensor
+    counts: tuple[int, ...]
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> MaskedTexts:
+        return MaskedTexts(move(self.ids), move(self.rows), move(self.labels), self.counts)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B picture-caption pairs.
+
+    images: ``(B, 3, H, W)`` uint8 in 0..255 (normalised by the model on its device) or floating and normalised;
+    texts: one caption per picture; image_ids: int64 ``(B,)``, equal for captions of one picture, which are never
+    negatives of one another; draws: float32 ``(B, 2)`` uniform in [0, 1), the random numbers that choose the hard
+    negative picture and the hard negative text of each pair; swapped: optionally one wrong caption per picture,
+    a negative that the data knows; keys: names of the samples for messages.
+    """
+
+    images: Tensor
+    texts: TextBatch
+    image_ids: Tensor
+    draws: Tensor
+    masked: MaskedTexts | None = None
+    swapped: TextBatch | None = None
+    keys: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            images=move(self.images),
+            texts=self.texts.map(move),
+            image_ids=move(self.image_ids),
+            draws=move(self.draws),
+            masked=self.masked.map(move) if self.masked is not None else None,
+            swapped=self.swapped.map(move) if self.swapped is not None else None,
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Called by ``DataLoader(pin_memory=True)``, so that copies to a GPU need not block."""
+        return self.map(lambda x: x.pin_memory())

@@ -1,0 +1,128 @@
+"""Packed rows: how T consecutive rows divide into sequences, without padding.
+
+A batch of token sequences is a tensor of rows ``(T, D)`` plus a :class:`Segments`. Linear layers, norms and
+feed-forwards run on the rows as they are; only attention asks which rows belong together. The lengths live on
+the host, because they come from the collation there: nothing here ever waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _upload(values: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    host = torch.from_numpy(values).to(dtype)
+    if device.type == "cuda":  # a pinned, non-blocking copy does not make the host wait
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lengths of N consecutive sequences in T rows; a length of zero is allowed.
+
+    ``lengths`` is a tuple of N Python integers, in row order. Index tensors are made once per device and kept.
+    """
+
+    lengths: tuple[int, ...]
+    _on_device: dict[tuple[str, torch.device], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @staticmethod
+    def of(lengths: Iterable[int]) -> Segments:
+        return Segments(tuple(int(n) for n in lengths))
+
+    @staticmethod
+    def equal(count: int, length: int) -> Segments:
+        """``count`` sequences of one ``length``: the rows of ``(count, length, D)`` seen as ``(T, D)``."""
+        return Segments((length,) * count)
+
+    @cached_property
+    def count(self) -> int:
+        """N, the number of sequences."""
+        return len(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        """T, the number of rows."""
+        return sum(self.lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def uniform(self) -> bool:
+        """All sequences have one length, so ``(T, D)`` is ``(N, L, D)`` by a view."""
+        return len(set(self.lengths)) <= 1
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """Row boundaries on the host, int64 ``(N + 1,)``."""
+        return np.concatenate([[0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))]).astype(np.int64)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """Row boundaries, int32 ``(N + 1,)``: the ``cu_seqlens`` of varlen attention kernels."""
+        return self._cached("offsets", self.bounds, torch.int32, device)
+
+    def starts(self, device: torch.device) -> Tensor:
+        """First row of every sequence, int64 ``(N,)`` (where [CLS] stands)."""
+        return self._cached("starts", self.bounds[:-1], torch.int64, device)
+
+    def ends(self, device: torch.device) -> Tensor:
+        """Last row of every sequence, int64 ``(N,)`` (where the end token stands)."""
+        return self._cached("ends", self.bounds[1:] - 1, torch.int64, device)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of each row within its sequence, int64 ``(T,)``."""
+        where = np.arange(self.total) - np.repeat(self.bounds[:-1], self.lengths)
+        return self._cached("positions", where, torch.int64, device)
+
+    def indices(self, device: torch.device) -> Tensor:
+        """Number of the sequence that each row belongs to, int64 ``(T,)``."""
+        return self._cached("indices", np.repeat(np.arange(self.count), self.lengths), torch.int64, device)
+
+    def slots(self, device: torch.device) -> Tensor:
+        """Place of each row in the padded view ``(N * longest,)``, int64 ``(T,)``."""
+        where = np.arange(self.total) - np.repeat(self.bounds[:-1], self.lengths)
+        where = where + np.repeat(np.arange(self.count) * self.longest, self.lengths)
+        return self._cached("slots", where, torch.int64, device)
+
+    def valid(self, device: torch.device) -> Tensor:
+        """Which slots of the padded view hold a row, bool ``(N, longest)``."""
+        mask = np.arange(self.longest)[None, :] < np.asarray(self.lengths)[:, None]
+        return self._cached("valid", mask, torch.bool, device)
+
+    def rows_of(self, order: Iterable[int]) -> np.ndarray:
+        """Row numbers (host, int64) that bring the sequences into ``order``; one may occur many times."""
+        chosen = np.asarray(list(order), dtype=np.int64)
+        lengths = np.asarray(self.lengths, dtype=np.int64)[chosen]
+        ends = np.cumsum(lengths)
+        within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+        return np.repeat(self.bounds[:-1][chosen], lengths) + within
+
+    def select(self, order: Iterable[int]) -> Segments:
+        """The segments of the rows that :meth:`rows_of` names."""
+        return Segments(tuple(self.lengths[i] for i in order))
+
+    def __add__(self, other: Segments) -> Segments:
+        """Segments of two row tensors laid one behind the other."""
+        return Segments(self.lengths + other.lengths)
+
+    def _cached(self, name: str, values: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+        device = torch.device(device)
+        if (name, device) not in self._on_device:
+            self._on_device[name, device] = _upload(values, dtype, device)
+        return self._on_device[name, device]
+
+
+def upload_index(values: np.ndarray, device: torch.device) -> Tensor:
+    """Host row numbers as an int64 tensor on ``device``, without making the host wait."""
+    return _upload(values, torch.int64, torch.device(device))
