@@ -92,22 +92,20 @@ class Trainable(Protocol):
 
     def contrast(self, embedded: Embedded, teacher: Any = None) -> dict[str, Tensor]: ...
 
-    def losses(
-        self, batch: Batch, teacher: Any = None, feature_grads: Embedded | None = None
-    ) -> dict[str, Tensor]: ...
+    def losses(self, batch: Batch, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]: ...
 
 
-class MissingCapability(TypeError):
+class MissingCapabilityError(TypeError):
     """A job was given a model that cannot do it; the message names models that can."""
 
 
 def require(model: object, capability: type, job: str) -> None:
-    """Raise :class:`MissingCapability` unless ``model`` has ``capability`` (one of the protocols above)."""
+    """Raise :class:`MissingCapabilityError` unless ``model`` has ``capability`` (one of the protocols above)."""
     if not isinstance(model, capability):
         from imglish.models.registry import families_with
 
         able = ", ".join(families_with(capability)) or "none yet"
-        raise MissingCapability(
+        raise MissingCapabilityError(
             f"{job} needs a model that {capability.__name__.lower()}; {type(model).__name__} does not. "
             f"Families that do: {able}"
         )

@@ -123,6 +123,27 @@ class Segments:
         return self._on_device[name, device]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some of the rows of packed sequences: the ones that a head reads.
+
+    index: int64 ``(M,)`` row numbers, ascending; segments: how many of the M lie in each sequence.
+    """
+
+    index: Tensor
+    segments: Segments
+
+    @staticmethod
+    def first(segments: Segments, device: torch.device) -> Rows:
+        """The first row of every sequence: [CLS]."""
+        return Rows(segments.starts(device), Segments.equal(segments.count, 1))
+
+    @staticmethod
+    def last(segments: Segments, device: torch.device) -> Rows:
+        """The last row of every sequence: the end token."""
+        return Rows(segments.ends(device), Segments.equal(segments.count, 1))
+
+
 def upload_index(values: np.ndarray, device: torch.device) -> Tensor:
     """Host row numbers as an int64 tensor on ``device``, without making the host wait."""
     return _upload(values, torch.int64, torch.device(device))

@@ -1,0 +1,156 @@
+"""Attention over packed rows: whoever asks names the query sequences and the key sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from imglish.nn.segments import Rows, Segments
+
+
+def attend(
+    q_THd: Tensor,
+    k_SHd: Tensor,
+    v_SHd: Tensor,
+    q_segments: Segments,
+    k_segments: Segments,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention of query sequence n over key sequence n, for every n.
+
+    q: ``(T, heads, head_dim)`` rows of ``q_segments``; k, v: ``(S, heads, head_dim)`` rows of ``k_segments``, which
+    has as many sequences; ``causal`` needs equal lengths of both. Returns ``(T, heads, head_dim)``. Sequences of one
+    length are a free view; otherwise half precision on CUDA uses the variable-length kernel, and everything else
+    a padded view that exists inside this call only. A query sequence with rows needs a key sequence with rows.
+    """
+    if q_segments.count != k_segments.count:
+        raise ValueError(f"{q_segments.count} query sequences meet {k_segments.count} key sequences")
+    if causal and q_segments.lengths != k_segments.lengths:
+        raise ValueError("causal attention needs queries and keys of the same lengths")
+    if q_segments.total == 0:
+        return q_THd
+    device = q_THd.device
+    ragged = not (q_segments.uniform and k_segments.uniform)
+    if ragged and device.type == "cuda" and q_THd.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        out = varlen_attn(
+            q_THd,
+            k_SHd,
+            v_SHd,
+            q_segments.offsets(device),
+            k_segments.offsets(device),
+            q_segments.longest,
+            k_segments.longest,
+            window_size=(-1, 0) if causal else (-1, -1),
+        )
+        assert isinstance(out, Tensor)
+        return out
+    mask = None
+    if not k_segments.uniform:
+        mask = k_segments.valid(device)[:, None, None, :]
+        if causal:
+            mask = mask & torch.ones(k_segments.longest, k_segments.longest, device=device).tril().bool()
+    out_NHLd = F.scaled_dot_product_attention(
+        _sequences(q_THd, q_segments),
+        _sequences(k_SHd, k_segments),
+        _sequences(v_SHd, k_segments),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal and mask is None,
+    )
+    out_NLHd = out_NHLd.transpose(1, 2)
+    if q_segments.uniform:
+        return out_NLHd.reshape(q_THd.shape)
+    return out_NLHd.flatten(0, 1)[q_segments.slots(device)]
+
+
+def _sequences(x_THd: Tensor, segments: Segments) -> Tensor:
+    """``(T, heads, head_dim)`` rows as ``(N, heads, longest, head_dim)``: a view where all lengths are equal."""
+    if segments.uniform:
+        padded = x_THd
+    else:
+        padded = x_THd.new_zeros(segments.count * segments.longest, *x_THd.shape[1:])
+        padded = padded.index_copy(0, segments.slots(x_THd.device), x_THd)
+    return padded.unflatten(0, (segments.count, segments.longest)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) with one fused query-key-value projection."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_TD: Tensor, segments: Segments, causal: bool = False, read: Rows | None = None) -> Tensor:
+        """``(T, D)`` -> ``(T, D)``, or ``(M, D)`` for the M rows of ``read`` (then keys and values see all T)."""
+        dropout = self.dropout if self.training else 0.0
+        if read is None:
+            q, k, v = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
+            return self._merge(attend(q, k, v, segments, segments, causal, dropout))
+        if causal and read.segments != Segments.equal(segments.count, 1):
+            raise ValueError("causal attention can read all rows or the last row of each sequence")
+        width = x_TD.shape[1]
+        q = F.linear(x_TD[read.index], self.qkv.weight[:width], self.qkv.bias[:width])
+        kv = F.linear(x_TD, self.qkv.weight[width:], self.qkv.bias[width:])
+        k, v = kv.unflatten(1, (2, self.heads, -1)).unbind(1)
+        return self._merge(attend(q.unflatten(1, (self.heads, -1)), k, v, read.segments, segments, dropout=dropout))
+
+    def _merge(self, x_THd: Tensor) -> Tensor:
+        merged: Tensor = self.out(x_THd.flatten(1))
+        return merged
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the queries of one cross-attention call look at: pictures whose keys and values are projected already.
+
+    keys, values: ``(S, heads, head_dim)`` rows of ``segments`` (one sequence a picture); texts: how many consecutive
+    texts belong to each picture. All texts of a picture are one query sequence, so nothing is copied for them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    segments: Segments
+    texts: Segments
+
+    def queries(self, rows: Segments) -> Segments:
+        """Rows a text, ``rows``, added up to rows a picture."""
+        if all(n == 1 for n in self.texts.lengths):
+            return rows
+        bounds = self.texts.bounds
+        ends = rows.bounds[bounds]
+        return Segments.of(ends[1:] - ends[:-1])
+
+
+class CrossAttention(nn.Module):
+    """Attention of text rows over the tokens of a picture; keys and values come from :meth:`project`, once a picture."""
+
+    def __init__(self, width: int, heads: int, memory_width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(memory_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def project(self, memory_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each ``(S, heads, head_dim)``, of the rows ``(S, memory_width)``."""
+        k, v = self.kv(memory_SD).unflatten(1, (2, self.heads, -1)).unbind(1)
+        return k, v
+
+    def forward(self, x_TD: Tensor, rows: Segments, memory: Memory) -> Tensor:
+        """``(T, D)`` rows, ``rows`` of each text, texts in the order of their pictures -> ``(T, D)``."""
+        q = self.q(x_TD).unflatten(1, (self.heads, -1))
+        dropout = self.dropout if self.training else 0.0
+        merged = attend(q, memory.keys, memory.values, memory.queries(rows), memory.segments, dropout=dropout)
+        out: Tensor = self.out(merged.flatten(1))
+        return out
