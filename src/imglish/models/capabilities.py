@@ -78,7 +78,7 @@ class Matches(Protocol):
     def match(
         self, memory: ImageMemory, texts: EncodedTexts, image_index: Sequence[int], text_index: Sequence[int]
     ) -> Tensor:
-        """ITM logits ``(P, 2)`` (column 1 = matched) of the P pairs (picture ``image_index[p]``, text ``text_index[p]``)."""
+        """ITM logits ``(P, 2)`` (column 1 = matched): pair p is picture ``image_index[p]`` with text ``text_index[p]``."""
         ...
 
 

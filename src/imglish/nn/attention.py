@@ -132,7 +132,7 @@ class Memory:
 
 
 class CrossAttention(nn.Module):
-    """Attention of text rows over the tokens of a picture; keys and values come from :meth:`project`, once a picture."""
+    """Attention of text rows over the tokens of a picture, whose keys and values :meth:`project` makes once."""
 
     def __init__(self, width: int, heads: int, memory_width: int, dropout: float = 0.0) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 ``(B, 3, H, W)`` to ``(pixel - mean) / std`` (mean, std ``(3, 1, 1)`` in 0..255); floats only change dtype."""
+    """uint8 ``(B, 3, H, W)`` to ``(pixel - mean) / std``, mean and std ``(3, 1, 1)`` in 0..255; floats change dtype only."""
     if images.dtype == torch.uint8:
         return ((images.to(mean.dtype) - mean) / std).to(dtype)
     return images.to(dtype)
@@ -74,7 +74,7 @@ def resize_line(table_LD: Tensor, length: int) -> Tensor:
 
 
 class BertEmbedding(nn.Module):
-    """Word + position (+ token type) embeddings, LayerNorm, dropout (Devlin et al. 2019); packed ``(T,)`` -> ``(T, D)``.
+    """Word + position (+ token type) embeddings, LayerNorm, dropout (Devlin et al. 2019); ``(T,)`` -> ``(T, D)``.
 
     All texts are of token type 0, so of a checkpoint's two type vectors only the first is ever used; both are
     kept for exchange with the official files. ``types=0`` builds without them (BLIP).
