@@ -1,1 +1,41 @@
+"""The `imglish` command. Every subcommand lives in a module with `main(argv) -> int`, imported only when it is called."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "train": ("imglish.cli.train", "train a model by a recipe; the same command resumes a run that was stopped"),
+    "eval": ("imglish.cli.evaluate", "measure a checkpoint: image-text retrieval"),
+    "quickstart": ("imglish.cli.quickstart", "train and evaluate a small model on data drawn here, and write a report"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        f"usage: imglish COMMAND ...\n\ncommands:\n{rows}\n\n"
+        "imglish COMMAND --help shows what a command takes; imglish --version the version."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status (0 well, 2 wrong usage or settings, others as the command says)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from imglish import __version__
+
+        print(f"imglish {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"imglish: there is no command {command!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    status: int = import_module(COMMANDS[command][0]).main(rest)
+    return status
