@@ -1,0 +1,208 @@
+"""Contrastive losses between the pictures and the texts of a batch: InfoNCE (CLIP), sigmoid (SigLIP), hinges (VSE++).
+
+All of them compare the rows of this rank with the columns of all ranks, and return the mean over this rank's rows.
+Suffixes: B rows of this rank, N = W * B columns of all ranks, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from imglish.objectives.gather import gather, gather_with_grad, rank, world_size
+
+
+def itc_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
+    """Symmetric InfoNCE (Radford et al. 2021, figure 3), in float32, gathered over ranks with gradient; 0-D.
+
+    image, text: ``(B, E)`` L2-normalised, row b of one belonging to row b of the other; logit_scale: 0-D factor
+    (1 / temperature, not its logarithm). ids: int64 ``(B,)``: rows of equal ids are positives of each other, their
+    targets uniform (SupCon-like; ALBEF's fine-tuning); None: row b alone. chunk: compute ``chunk`` rows of the
+    similarity matrix at a time and again in the backward pass: memory O(chunk * N) in place of O(B * N), value and
+    gradient unchanged.
+    """
+    _check_chunk(chunk)
+    with _full_precision(image):
+        image, text = _as_float(image), _as_float(text)
+        wanted, known = _row_and_column_ids(image, ids)
+        column_ids = None if ids is None else known
+        if world_size() == 1:  # one matrix serves both directions
+            if chunk is not None:
+                return _chunked_nce(image, text, logit_scale, wanted, column_ids, chunk, True) / 2
+            logits = image @ text.T * logit_scale
+            return (_nce(logits, wanted, column_ids) + _nce(logits.T, wanted, column_ids)) / 2
+        directions = ((image, gather_with_grad(text)), (text, gather_with_grad(image)))
+        if chunk is None:
+            each = [_nce(rows @ columns.T * logit_scale, wanted, column_ids) for rows, columns in directions]
+        else:
+            each = [_chunked_nce(r, c, logit_scale, wanted, column_ids, chunk, False) for r, c in directions]
+        return (each[0] + each[1]) / 2
+
+
+def siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+    ids: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Sigmoid loss (Zhai et al. 2023, equation 1): every pair a binary question; a sum over pairs, a mean over rows.
+
+    Arguments as in :func:`itc_loss`; logit_bias: 0-D, added to the scaled similarities, or None. With ``ids``
+    pairs of equal ids are positives. ``chunk`` recomputes ``chunk`` rows at a time in the backward pass.
+    """
+    _check_chunk(chunk)
+    with _full_precision(image):
+        image, text = _as_float(image), gather_with_grad(_as_float(text))
+        row_ids, column_ids = _row_and_column_ids(image, ids)
+        bias = logit_scale.new_zeros(()) if logit_bias is None else logit_bias
+
+        def pairs(rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, wanted: Tensor) -> Tensor:
+            logits = rows @ columns.T * scale + bias
+            positive = wanted[:, None] == column_ids[None, :]
+            return -F.logsigmoid(torch.where(positive, logits, -logits)).sum()
+
+        if chunk is None:
+            return pairs(image, text, logit_scale, bias, row_ids) / image.shape[0]
+        total = image.new_zeros(())
+        for rows, wanted in zip(image.split(chunk), row_ids.split(chunk), strict=True):
+            part = checkpoint(
+                pairs, rows, text, logit_scale, bias, wanted, use_reentrant=False, preserve_rng_state=False
+            )
+            total = total + part
+        return total / image.shape[0]
+
+
+def hinge_loss(
+    image: Tensor, text: Tensor, margin: float = 0.2, hardest: bool = True, ids: Tensor | None = None
+) -> Tensor:
+    """Ranking loss of VSE++ (Faghri et al. 2018, equation 6): max(0, margin + s(negative) - s(positive)), both ways.
+
+    image, text: ``(B, E)`` L2-normalised. hardest: only the nearest negative of each row counts (max of hinges);
+    False sums over all negatives (their equation 5). Pairs of equal ``ids`` are never negatives. The paper sums over
+    the rows; this is their mean, so that the learning rate does not depend on the batch size.
+    """
+    with _full_precision(image):
+        image, text = _as_float(image), _as_float(text)
+        row_ids, column_ids = _row_and_column_ids(image, ids)
+        positive = (image * text).sum(dim=1, keepdim=True)
+        known = row_ids[:, None] == column_ids[None, :]
+
+        def direction(rows: Tensor, columns: Tensor) -> Tensor:
+            cost = (margin + rows @ columns.T - positive).clamp(min=0).masked_fill(known, 0.0)
+            return (cost.amax(dim=1) if hardest else cost.sum(dim=1)).mean()
+
+        return direction(image, gather_with_grad(text)) + direction(text, gather_with_grad(image))
+
+
+def _check_chunk(chunk: int | None) -> None:
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}, it must be at least 1")
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Similarities times a scale of up to 100 need float32 products: no autocast inside a contrastive loss."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _as_float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _row_and_column_ids(x: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ids of this rank's rows ``(B,)`` and of the columns ``(N,)``; without ids every pair is its own."""
+    if ids is not None:
+        return ids, gather(ids)
+    count = x.shape[0]
+    everyone = torch.arange(world_size() * count, device=x.device)
+    return everyone[rank() * count :][:count], everyone
+
+
+def _targets(row_ids: Tensor, column_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uniform over the columns of equal id, ``(rows, N)``; rows sum to one."""
+    same = (row_ids[:, None] == column_ids[None, :]).to(dtype)
+    return same / same.sum(dim=1, keepdim=True)
+
+
+def _nce(logits: Tensor, wanted: Tensor, column_ids: Tensor | None) -> Tensor:
+    """Mean cross-entropy of ``logits (B, N)``; ``wanted (B,)`` are ids of columns, or column numbers without ids."""
+    if column_ids is None:
+        return F.cross_entropy(logits, wanted)
+    positives = (logits * _targets(wanted, column_ids, logits.dtype)).sum(dim=1)
+    return (torch.logsumexp(logits, dim=1) - positives).mean()
+
+
+class _ChunkedNce(torch.autograd.Function):
+    """InfoNCE of rows against columns, and with ``both`` of columns against rows too, ``chunk`` rows at a time.
+
+    Forward keeps the log-sum-exp of each row (and of each column, accumulated over the chunks: the online form of
+    Milakov & Gimelshein 2018); backward computes the similarities again and turns them into softmax - target.
+    ``both`` needs the same ids on both sides, as on one process: then the targets are symmetric.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        wanted: Tensor,
+        column_ids: Tensor | None,
+        chunk: int,
+        both: bool,
+    ) -> Tensor:
+        positives = rows.new_zeros(())
+        row_lse = rows.new_empty(rows.shape[0])
+        column_lse = rows.new_full((columns.shape[0],), -math.inf) if both else None
+        for start in range(0, rows.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = (rows[part] * scale) @ columns.T
+            row_lse[part] = torch.logsumexp(logits, dim=1)
+            if column_lse is not None:
+                torch.logaddexp(column_lse, torch.logsumexp(logits, dim=0), out=column_lse)
+            if column_ids is None:
+                positives += logits.gather(1, wanted[part, None]).sum()
+            else:
+                positives += logits.mul_(_targets(wanted[part], column_ids, logits.dtype)).sum()
+        total = row_lse.sum() - positives
+        if column_lse is not None:
+            total = total + column_lse.sum() - positives
+        ctx.save_for_backward(rows, columns, scale, wanted, column_ids, row_lse, column_lse)
+        ctx.chunk = chunk
+        return total / rows.shape[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns, scale, wanted, column_ids, row_lse, column_lse = ctx.saved_tensors
+        directions = 1 if column_lse is None else 2
+        grad_rows, grad_columns = torch.empty_like(rows), torch.zeros_like(columns)
+        grad_scale = torch.zeros_like(scale)
+        for start in range(0, rows.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            similarity = rows[part] @ columns.T
+            grad = torch.exp(similarity * scale - row_lse[part, None])
+            if column_lse is not None:
+                grad += torch.exp(similarity * scale - column_lse[None, :])
+            if column_ids is None:
+                grad.scatter_add_(1, wanted[part, None], grad.new_full((grad.shape[0], 1), -directions))
+            else:
+                grad.sub_(_targets(wanted[part], column_ids, grad.dtype), alpha=directions)
+            grad_scale += torch.dot(grad.flatten(), similarity.flatten())
+            torch.mm(grad, columns, out=grad_rows[part])
+            grad_columns.addmm_(grad.T, rows[part])
+        factor = upstream / rows.shape[0]
+        grads = (grad_rows.mul_(scale * factor), grad_columns.mul_(scale * factor), grad_scale.mul_(factor))
+        return *grads, None, None, None, None
+
+
+_chunked_nce: Callable[..., Tensor] = _ChunkedNce.apply
