@@ -1,6 +1,7 @@
 """Golden data: where it lies, how weights and inputs are made by rule, how results are compared.
 
-The folder is ``IMGLISH_GOLDEN``, else ``shared/golden`` beside the repository, else the copies in ``tests/golden/data``.
+The folder is ``IMGLISH_GOLDEN``, else ``shared/golden`` beside the repository, else the copies in
+``tests/golden/data``.
 A case is any folder below it that holds a ``meta.json``; nothing else of the layout above it matters.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -217,3 +219,31 @@ def check_grad_norms(case: Case, actual: dict[str, Tensor | None]) -> None:
             assert abs(norm - expected) <= 1e-3 * expected, f"{case.name}: |grad {name}| is {norm}, not {expected}"
         else:
             assert norm <= 2e-5 * max(largest, 1.0), f"{case.name}: |grad {name}| is {norm}, not {expected}"
+
+
+def official_gradients(
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    shapes: dict[str, torch.Size],
+    model: torch.nn.Module,
+) -> dict[str, Tensor | None]:
+    """Gradients of ``model`` under the official names, whatever the conversion joins, splits or transposes.
+
+    Every official entry is numbered, the numbers are converted like weights, and each gradient entry is carried back
+    to the number that lies in its place. ``None``: no parameter of ours with a gradient came from it.
+    """
+    numbers, first = {}, 0
+    for name, shape in shapes.items():
+        numbers[name] = torch.arange(first, first + shape.numel(), dtype=torch.float64).reshape(shape)
+        first += shape.numel()
+    flat, reached = torch.zeros(first, dtype=torch.float64), torch.zeros(first, dtype=torch.bool)
+    places = convert(numbers)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            index = places[name].reshape(-1).long()
+            flat[index] = parameter.grad.double().reshape(-1)
+            reached[index] = True
+    found: dict[str, Tensor | None] = {}
+    for name, number in numbers.items():
+        index = number.reshape(-1).long()
+        found[name] = flat[index] if bool(reached[index].any()) else None
+    return found

@@ -42,6 +42,7 @@ class Embedded:
     """What the contrastive losses read of a batch; with gradients in place of features it carries those back.
 
     image, text: ``(B, E)`` of the student; image_m, text_m: of the momentum teacher, or None; image_ids: ``(B,)``.
+    swapped: ``(B, E)`` of the wrong captions that the data gives, where the contrast sees them.
     towers: whatever else the model's remaining losses need from the towers (private to the model).
     """
 
@@ -50,7 +51,24 @@ class Embedded:
     image_ids: Tensor
     image_m: Tensor | None = None
     text_m: Tensor | None = None
+    swapped: Tensor | None = None
     towers: Any = None
+
+    def momentum(self) -> tuple[Tensor, Tensor]:
+        """The teacher's features ``(image_m, text_m)``; an error where the batch was embedded without a teacher."""
+        if self.image_m is None or self.text_m is None:
+            raise ValueError("the batch was embedded without a momentum teacher")
+        return self.image_m, self.text_m
+
+    def surrogate(self, grads: Embedded) -> dict[str, Tensor]:
+        """A loss whose gradient with respect to these features is ``grads``, in place of the contrastive loss.
+
+        With it, accumulation over micro-batches is exact for losses that compare all samples of the large batch.
+        """
+        total = (self.image * grads.image).sum() + (self.text * grads.text).sum()
+        if self.swapped is not None and grads.swapped is not None:
+            total = total + (self.swapped * grads.swapped).sum()
+        return {"itc": total}
 
 
 @runtime_checkable
@@ -78,7 +96,7 @@ class Matches(Protocol):
     def match(
         self, memory: ImageMemory, texts: EncodedTexts, image_index: Sequence[int], text_index: Sequence[int]
     ) -> Tensor:
-        """ITM logits ``(P, 2)`` (column 1 = matched): pair p is picture ``image_index[p]`` with text ``text_index[p]``."""
+        """ITM logits ``(P, 2)``, column 1 = matched; pair p: picture ``image_index[p]``, text ``text_index[p]``."""
         ...
 
 

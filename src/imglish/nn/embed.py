@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 ``(B, 3, H, W)`` to ``(pixel - mean) / std``, mean and std ``(3, 1, 1)`` in 0..255; floats change dtype only."""
+    """uint8 ``(B, 3, H, W)`` to ``(pixel - mean) / std`` (mean, std in 0..255); floats change dtype only."""
     if images.dtype == torch.uint8:
         return ((images.to(mean.dtype) - mean) / std).to(dtype)
     return images.to(dtype)

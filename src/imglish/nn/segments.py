@@ -147,3 +147,24 @@ class Rows:
 def upload_index(values: np.ndarray, device: torch.device) -> Tensor:
     """Host row numbers as an int64 tensor on ``device``, without making the host wait."""
     return _upload(values, torch.int64, torch.device(device))
+
+
+class HostCopy:
+    """A device tensor on its way to the host: the copy is started here and waited for in :meth:`numpy`.
+
+    What the device was given in between keeps it busy, so waiting for the copy does not drain its queue.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def numpy(self) -> np.ndarray:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy()
