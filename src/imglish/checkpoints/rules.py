@@ -1,0 +1,241 @@
+"""Conversion of weights as a table of rules, which accounts for every name on both sides or refuses.
+
+A table reads like the correspondence it states. Names may hold placeholders: one letter stands for a number
+(``{i}``), a longer word for one dot-free piece of a name (``{leaf}``); they carry over into the other name::
+
+    TABLE = Table(
+        Rule("visual.proj", "image_proj.weight", TRANSPOSE),
+        Rule("visual.class_token", "vision.class_token", Transform(lambda x: x[0, 0], lambda x: x[None, None])),
+        Rule("blocks.{i}.ln_1.{leaf}", "blocks.{i}.norm1.{leaf}"),
+        Rule(  # several sources are joined along the first dimension
+            ("layer.{i}.query.{leaf}", "layer.{i}.key.{leaf}", "layer.{i}.value.{leaf}"),
+            "blocks.{i}.attn.qkv.{leaf}",
+        ),
+        Tie("cls.decoder.weight", "embeddings.weight"),
+        Drop("embeddings.position_ids", "counts up from zero"),
+        Fresh("itm_head.{leaf}", "the checkpoint was trained without ITM"),
+    )
+    converted = TABLE.convert(official_state_dict, model.state_dict())
+    model.load_state_dict(converted.state)
+    official_again = TABLE.revert(model.state_dict())
+
+The first rule that matches a name takes it. Where numbers must be shifted (layers 6-11 become 0-5 of another
+module), the table is made by a function and the rules by a loop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_SHOWN = 8
+
+
+class ConversionError(ValueError):
+    """Names or shapes that a table does not account for; the message lists the first of each side."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of layout and its inverse."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor], Tensor]
+
+
+TRANSPOSE = Transform(lambda x: x.T, lambda x: x.T)
+"""``(in, out)`` matrices, multiplied from the right, to the ``(out, in)`` of ``nn.Linear``."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``source`` names (several: joined along dimension 0, in equal parts) become the one ``target`` name."""
+
+    source: str | tuple[str, ...]
+    target: str
+    transform: Transform | None = None
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Source names that have no place in our model, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A source name that holds the same values as ``same_as`` (checked), and is one tensor in our model."""
+
+    source: str
+    same_as: str
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Target names that the source does not have, and why; they keep the value that the target gives."""
+
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Our state dict, and in words what was dropped, tied or kept fresh: name -> reason."""
+
+    state: dict[str, Tensor]
+    report: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """A name with placeholders: matches names, and writes names from what was matched."""
+
+    text: str
+
+    @cached_property
+    def regex(self) -> re.Pattern[str]:
+        pieces = re.split(r"\{(\w+)\}", self.text)
+        made = [re.escape(pieces[0])]
+        for name, literal in zip(pieces[1::2], pieces[2::2], strict=True):
+            kind = r"\d+" if len(name) == 1 else r"[^.]+"
+            made.append(f"(?P<{name}>{kind}){re.escape(literal)}")
+        return re.compile("".join(made))
+
+    def match(self, name: str) -> dict[str, str] | None:
+        found = self.regex.fullmatch(name)
+        return None if found is None else found.groupdict()
+
+    def write(self, values: Mapping[str, str]) -> str:
+        return self.text.format_map(values)
+
+
+class Table:
+    """An ordered correspondence between the names of an official checkpoint and ours."""
+
+    def __init__(self, *rules: Rule | Drop | Tie | Fresh) -> None:
+        self.rules = rules
+        self._sources = [
+            (rule, [_Pattern(s) for s in (rule.sources if isinstance(rule, Rule) else (rule.source,))])
+            for rule in rules
+            if not isinstance(rule, Fresh)
+        ]
+
+    def __add__(self, other: Table) -> Table:
+        return Table(*self.rules, *other.rules)
+
+    def convert(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Converted:
+        """The state dict of ours whose names and shapes are those of ``target`` (which may be on the meta device).
+
+        Floating tensors take the dtype of the target. Raises :class:`ConversionError` unless every source name is
+        used, dropped or tied, every target name is made or declared fresh, and all shapes agree.
+        """
+        made, report, unknown = self._rename(source)
+        for name, reason in self._fresh(name for name in target if name not in made):
+            made[name] = target[name]
+            report[name] = f"fresh: {reason}"
+        missing = [name for name in target if name not in made]
+        surplus = [f"{name} (not a name of ours)" for name in made if name not in target]
+        wrong = [
+            f"{name}: {tuple(value.shape)}, expected {tuple(target[name].shape)}"
+            for name, value in made.items()
+            if name in target and value.shape != target[name].shape
+        ]
+        problems = {
+            "names in the checkpoint that no rule knows": unknown + surplus,
+            "names of the model that the checkpoint does not give": missing,
+            "shapes that differ (checkpoint, model)": wrong,
+        }
+        if any(problems.values()):
+            raise ConversionError("\n".join(_listed(title, items) for title, items in problems.items() if items))
+        return Converted({name: _like(made[name], target[name]) for name in target}, report)
+
+    def revert(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The official state dict of our weights: the rules backwards; dropped and fresh names stay out."""
+        official: dict[str, Tensor] = {}
+        used = {name for name, _ in self._fresh(ours)}
+        for name, value in ours.items():
+            for rule in (r for r in self.rules if isinstance(r, Rule)):
+                values = _Pattern(rule.target).match(name)
+                if values is None:
+                    continue
+                value = value if rule.transform is None else rule.transform.backward(value)
+                for source, part in zip(rule.sources, value.chunk(len(rule.sources)), strict=True):
+                    official[_Pattern(source).write(values)] = part
+                used.add(name)
+                break
+        if unknown := [name for name in ours if name not in used]:
+            raise ConversionError(_listed("names of the model that no rule knows", unknown))
+        for tie in (r for r in self.rules if isinstance(r, Tie)):
+            first = _Pattern(tie.same_as)
+            found = [(v, x) for name, x in official.items() if (v := first.match(name)) is not None]
+            official |= {_Pattern(tie.source).write(values): value for values, value in found}
+        return official
+
+    def _rename(self, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+        """Values under our names, what was left out and why, and the names that no rule knows."""
+        made: dict[str, Tensor] = {}
+        report: dict[str, str] = {}
+        unknown: list[str] = []
+        parts: dict[str, tuple[Rule, list[Tensor | None]]] = {}
+        for name, value in source.items():
+            found = self._find(name)
+            if found is None:
+                unknown.append(name)
+                continue
+            rule, number, values = found
+            if isinstance(rule, Drop):
+                report[name] = f"dropped: {rule.reason}"
+            elif isinstance(rule, Tie):
+                first = _Pattern(rule.same_as).write(values)
+                if first not in source or not _equal(source[first], value):
+                    raise ConversionError(f"{name} should hold the same values as {first}, and does not")
+                report[name] = f"tied to {first}"
+            else:
+                key = _Pattern(rule.target).write(values)
+                owner, pieces = parts.setdefault(key, (rule, [None] * len(rule.sources)))
+                if owner is not rule or pieces[number] is not None:
+                    raise ConversionError(f"{name} becomes {key}, which another name has become already")
+                pieces[number] = value
+        for key, (rule, pieces) in parts.items():
+            whole = [piece for piece in pieces if piece is not None]
+            if len(whole) < len(pieces):
+                raise ConversionError(f"{key} needs {', '.join(rule.sources)}: only {len(whole)} of them are there")
+            value = whole[0] if len(whole) == 1 else torch.cat(whole)
+            made[key] = value if rule.transform is None else rule.transform.forward(value)
+        return made, report, unknown
+
+    def _find(self, name: str) -> tuple[Rule | Drop | Tie, int, dict[str, str]] | None:
+        for rule, patterns in self._sources:
+            for number, pattern in enumerate(patterns):
+                if (values := pattern.match(name)) is not None:
+                    return rule, number, values
+        return None
+
+    def _fresh(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        fresh = [(_Pattern(rule.target), rule.reason) for rule in self.rules if isinstance(rule, Fresh)]
+        return [(n, reason) for n in names for pattern, reason in fresh if pattern.match(n) is not None]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    value = value.to(target.dtype) if value.is_floating_point() and target.is_floating_point() else value
+    return value.contiguous()
+
+
+def _listed(title: str, items: list[str]) -> str:
+    more = f" ... and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return f"{len(items)} {title}: {', '.join(items[:_SHOWN])}{more}"
