@@ -1,0 +1,63 @@
+"""Image tokens kept on the host between encoding and reranking, in bounded memory."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class TokenStore:
+    """Blocks of image tokens ``(B, L, D)``: in memory up to ``limit`` bytes, the rest in a temporary folder.
+
+    ``dtype``: how they are kept; bfloat16 halves the memory and rounds what the fusion reads to 8 bits of mantissa.
+    A context manager: leaving it deletes the folder.
+    """
+
+    def __init__(self, dtype: torch.dtype, limit: int) -> None:
+        self.dtype = dtype
+        self.limit = limit
+        self.held = 0
+        self._blocks: dict[int, Tensor | Path] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def put(self, block: int, tokens: Tensor) -> None:
+        """Keep a block; from a GPU it is copied to the host."""
+        kept = tokens.detach().to("cpu", self.dtype).contiguous()
+        size = kept.numel() * kept.element_size()
+        if self.held + size <= self.limit:
+            self._blocks[block] = kept
+            self.held += size
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="imglish-tokens-")
+        path = Path(self._folder.name) / f"{block}.safetensors"
+        save_file({"tokens": kept}, path)
+        self._blocks[block] = path
+
+    def get(self, block: int) -> Tensor:
+        """A block on the host; a block never put is a KeyError."""
+        kept = self._blocks[block]
+        return kept if isinstance(kept, Tensor) else load_file(kept)["tokens"]
+
+    def on_disk(self) -> int:
+        """How many blocks did not fit into memory."""
+        return sum(isinstance(kept, Path) for kept in self._blocks.values())
+
+    def close(self) -> None:
+        self._blocks.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> TokenStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from imglish.data.records import Record
+from imglish.evaluation.encoding import Machine
+from imglish.evaluation.metrics import recalls
+from imglish.evaluation.retrieval import RetrievalConfig, RetrievalResult, evaluate_retrieval
+from tests.evaluation.fakes import Fusion, Towers, Words, a_set
+
+
+def _machine(**changes: object) -> Machine:
+    return Machine(**({"image_block": 7, "text_block": 11, "pair_block": 40, "progress": False} | changes))  # type: ignore[arg-type]
+
+
+def _config(rerank: int, **changes: object) -> RetrievalConfig:
+    return RetrievalConfig(**({"rerank": rerank, "machine": _machine()} | changes))  # type: ignore[arg-type]
+
+
+def _load(pixels: dict[int, Tensor]) -> Callable[[Record], Tensor]:
+    return lambda record: pixels[record.image_id]
+
+
+def _run(model: Towers, config: RetrievalConfig, **of_set: int) -> RetrievalResult:
+    records, pixels = a_set(model, **of_set)
+    return evaluate_retrieval(model, Words(), records, config, _load(pixels))
+
+
+def _dense(model: Fusion, records: list[Record], pixels: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tower scores and ITM logits of every pair ``(I, T)``, and the owner of each caption, by one call each."""
+    from imglish.data.batch import TextBatch
+
+    captions = [c for r in records for c in r.captions]
+    owner = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
+    with torch.no_grad():
+        images = model.encode_images(torch.stack([pixels[r.image_id] for r in records]))
+        texts = model.encode_texts(TextBatch.of(Words().encode(captions)))
+        pairs = [(i, t) for i in range(len(records)) for t in range(len(captions))]
+        assert images.tokens is not None
+        logits = model.match(model.project_images(images.tokens), texts, *map(list, zip(*pairs)))
+    return images.features @ texts.features.T, logits[:, 1].view(len(records), -1), owner
+
+
+def test_towers_encode_each_picture_and_caption_once() -> None:
+    model = Fusion()
+    result = _run(model, _config(4), count=30, per_picture=2)
+    assert model.calls["pictures"] == 30
+    assert model.calls["captions"] == 60
+    assert result.pairs == model.calls["pairs"] <= 30 * 4 + 60 * 4  # each pair once, whoever asks for it
+    assert model.calls["projected"] == 30  # keys and values once a picture, for both directions
+    assert model.calls["largest call"] <= 40
+
+
+def test_towers_and_all_pairs_equal_the_dense_scores() -> None:
+    model = Fusion()
+    records, pixels = a_set(model)
+    cosine, logit, owner = _dense(model, records, pixels)
+    result = evaluate_retrieval(model, Words(), records, _config(0, all_pairs=True), _load(pixels))
+    assert result.towers == pytest.approx(recalls(cosine, owner))
+    assert result.reranked == pytest.approx(recalls(logit, owner))
+    assert result.reranked["t2i_r1"] > result.towers["t2i_r1"]  # or this set shows nothing
+    assert result.pairs == 30 * 60
+
+
+def test_only_the_first_k_are_reordered_and_stay_above_the_rest() -> None:
+    model = Fusion()
+    records, pixels = a_set(model)
+    cosine, logit, owner = _dense(model, records, pixels)
+
+    def official(scores: Tensor, fused: Tensor, k: int) -> Tensor:
+        where = scores.topk(k, 1).indices
+        return (scores - 1000).scatter(1, where, fused.gather(1, where))
+
+    result = evaluate_retrieval(model, Words(), records, _config(6, sweep=(2, 4, 6, 50)), _load(pixels))
+    for k, table in {**result.sweep, 6: result.reranked}.items():
+        scores_t2i = official(cosine.T, logit.T, k)
+        assert table == pytest.approx(recalls(official(cosine, logit, k), owner, scores_t2i=scores_t2i))
+    assert sorted(result.sweep) == [2, 4]
+    assert result.reranked_lists is not None
+    assert torch.equal(result.reranked_lists.found[:, 0], official(cosine.T, logit.T, 6).argmax(1))
+    assert torch.equal(result.tower_lists.found[:, 0], cosine.T.argmax(1))
+
+
+def test_score_rules_differ_as_they_say() -> None:
+    model = Fusion()
+    records, pixels = a_set(model)
+    cosine, logit, owner = _dense(model, records, pixels)
+    for rule, scores in (("itm", logit), ("itm_probability", logit * 0.5), ("itm+itc", logit + cosine)):
+        config = _config(0, all_pairs=True, score_rule=rule)
+        result = evaluate_retrieval(model, Words(), records, config, _load(pixels))
+        assert result.reranked == pytest.approx(recalls(scores, owner)), rule
+
+
+@pytest.mark.parametrize("changes", [{"image_block": 64, "text_block": 500, "pair_block": 5}, {"token_memory": 0}])
+def test_the_result_does_not_depend_on_blocks_or_on_memory(changes: dict[str, int]) -> None:
+    one = _run(Fusion(), _config(5))
+    other = _run(Fusion(), _config(5, machine=_machine(**changes)))
+    assert other.towers == pytest.approx(one.towers)
+    assert other.reranked == pytest.approx(one.reranked)
+    assert any("disk" in note for note in other.notes) == ("token_memory" in changes)
+
+
+def test_tokens_kept_as_bfloat16_are_rounded_only() -> None:
+    exact = _run(Fusion(), _config(0, all_pairs=True))
+    rounded = _run(Fusion(), _config(0, all_pairs=True, machine=_machine(token_dtype="bfloat16")))
+    assert rounded.reranked is not None
+    assert rounded.reranked["r_mean"] == pytest.approx(exact.best["r_mean"], abs=5)
+
+
+def test_k_is_clamped_to_the_set_and_said() -> None:
+    result = _run(Fusion(), _config(1000))
+    assert result.rerank == 60
+    assert result.pairs == 30 * 60
+    assert any("clamped to the set: 30 pictures, 60 captions" in note for note in result.notes)
+
+
+def test_a_model_without_fusion_gives_towers_and_says_so() -> None:
+    result = _run(Towers(), _config(8))
+    assert result.reranked is None
+    assert result.best == result.towers
+    assert any("no fusion tower" in note for note in result.notes)
+
+
+def test_searching_pictures_by_pictures_and_captions_by_captions() -> None:
+    model = Fusion()
+    records, pixels = a_set(model)
+    result = evaluate_retrieval(model, Words(), records, _config(0), _load(pixels), groups=[i // 2 for i in range(30)])
+    assert result.image_to_image is not None
+    assert result.image_to_image["i2i_queries"] == 30
+    assert result.text_to_text is not None
+    assert result.text_to_text["t2t_r10"] > 50  # its sister caption shares all words but one
+    alone = _run(model, _config(0), per_picture=1)
+    assert alone.image_to_image is None
+    assert alone.text_to_text is None
+
+
+def test_records_of_one_picture_are_one_picture() -> None:
+    model = Fusion()
+    records, pixels = a_set(model)
+    split = [Record(r.key, r.image, (c,), r.image_id) for r in records for c in r.captions]
+    whole = evaluate_retrieval(model, Words(), records, _config(4), _load(pixels))
+    assert evaluate_retrieval(model, Words(), split, _config(4), _load(pixels)).to_dict()["reranked"] == whole.reranked
+
+
+def test_the_result_as_json_and_as_a_table() -> None:
+    result = _run(Fusion(), _config(6, sweep=(2,)))
+    held = json.loads(result.to_json())
+    assert held["towers"]["t2i_r1"] == result.towers["t2i_r1"]
+    assert held["rerank"] == 6
+    text = result.text()
+    assert "reranked, first 6" in text
+    assert "reranked, first 2" in text
+    assert f"{result.towers['t2i_r5']:.1f}" in text
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    for changes in ({"rerank": -1}, {"ks": ()}, {"sweep": (0,)}, {"ties": "coin"}, {"score_rule": "sum"}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            RetrievalConfig(**changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image_block"):
+        Machine(image_block=0)
+    with pytest.raises(ValueError, match="all_pairs_limit"):
+        _run(Fusion(), _config(0, all_pairs=True, all_pairs_limit=10))
+    with pytest.raises(ValueError, match="no records"):
+        evaluate_retrieval(Fusion(), Words(), [], _config(0))
+
+
+def test_the_mode_of_the_model_is_put_back() -> None:
+    model = Fusion()
+    model.train()
+    _run(model, _config(2))
+    assert model.training
+
+
+def _ranked_worker(number: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=world)
+    result = _run(Fusion(), _config(5, sweep=(2,)), count=37)
+    (Path(folder) / f"{number}.json").write_text(result.to_json())
+    dist.destroy_process_group()
+
+
+def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
+    mp.spawn(_ranked_worker, args=(2, str(tmp_path)), nprocs=2)
+    alone = json.loads(_run(Fusion(), _config(5, sweep=(2,)), count=37).to_json())
+    for number in range(2):
+        found = json.loads((tmp_path / f"{number}.json").read_text())
+        assert {**found, "seconds": None} == {**alone, "seconds": None}
