@@ -206,11 +206,11 @@ def check(case: Case, name: str, value: Tensor) -> None:
     torch.testing.assert_close(actual, expected, msg=lambda m: f"{case.name}: {name}: {m}", **limits)
 
 
-def check_grad_norms(case: Case, actual: dict[str, Tensor | None]) -> None:
+def check_grad_norms(case: Case, norms: dict[str, float | None], actual: dict[str, Tensor | None]) -> None:
     """Gradient norms per official parameter name; ``actual`` maps the same names to gradients (None = no gradient)."""
-    assert case.grad_norms, f"{case.name} has no gradient norms"
-    largest = max(v for v in case.grad_norms.values() if v is not None)
-    for name, expected in case.grad_norms.items():
+    assert norms, f"{case.name} has no gradient norms"
+    largest = max(v for v in norms.values() if v is not None)
+    for name, expected in norms.items():
         gradient = actual[name]
         norm = 0.0 if gradient is None else float(gradient.double().norm())
         if expected is None:
