@@ -1,0 +1,229 @@
+"""Training samples: one picture, one caption and every random choice for them, from (seed, epoch, sample) alone."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from imglish.data.batch import Batch, MaskedTexts, TextBatch
+from imglish.data.images import ImageError, ImageTransform, decode
+from imglish.data.masking import MaskConfig, mask_tokens
+from imglish.data.records import Record
+from imglish.data.text import CaptionStyle, clean_caption, mentions_side
+from imglish.data.tokenizers import Tokenizer
+
+UNREADABLE_IN_A_ROW = 100  # pictures tried in search of a readable one
+
+
+class Purpose(IntEnum):
+    """What a random stream is for; one stream each, so that one option does not shift the choices of another."""
+
+    ORDER = 0
+    CAPTION = 1
+    IMAGE = 2
+    MASK = 3
+    DRAW = 4
+
+
+def stream(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Generator:
+    """The random numbers of one sample for one purpose: the same in any process, worker or rank."""
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, sample, purpose], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """pixels: uint8 ``(size, size, 3)``; draws: two uniform numbers; masked: ids, positions, labels of the MLM;
+    unreadable: messages by key about pictures in whose place this one stands."""
+
+    key: str
+    pixels: np.ndarray
+    ids: list[int]
+    image_id: int
+    draws: np.ndarray
+    masked: tuple[list[int], list[int], list[int]] | None
+    swapped: list[int] | None
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+class PairDataset:
+    """Image-caption pairs of records, ready to be put in batches.
+
+    captions: ``"one"`` makes an item of every picture, with a random caption of its own each epoch; ``"all"`` makes
+    an item of every caption. clean: clean-up of captions before the tokenizer. mlm: also mask the texts. swapped:
+    also give the wrong captions that the records hold. cache: keep pictures in memory after the first decoding, at
+    ``transform.cache_size`` (shared by forked workers).
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        transform: ImageTransform,
+        tokenizer: Tokenizer,
+        *,
+        captions: Literal["one", "all"] = "one",
+        clean: CaptionStyle = "none",
+        max_words: int = 30,
+        mlm: MaskConfig | None = None,
+        swapped: bool = False,
+        cache: bool = False,
+    ) -> None:
+        if not records:
+            raise ValueError("a data set without records")
+        if swapped and (lacking := next((record.key for record in records if not record.swapped), None)):
+            raise ValueError(f"swapped captions are wanted, but {lacking} has none")
+        if mlm is not None:
+            tokenizer.id_of("[MASK]")
+        self.records = records
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.clean: CaptionStyle = clean
+        self.max_words = max_words
+        self.mlm = mlm
+        self.swapped = swapped
+        self.cache = PictureCache(len(records), transform.cache_size) if cache else None
+        self._items = (
+            [(r, c) for r, record in enumerate(records) for c in range(len(record.captions))]
+            if captions == "all"
+            else [(r, None) for r in range(len(records))]
+        )
+
+    def __len__(self) -> int:
+        """Items in an epoch: pictures, or captions with ``captions="all"``."""
+        return len(self._items)
+
+    def sample(self, seed: int, epoch: int, item: int) -> Sample:
+        """The item as it is in ``epoch``. An unreadable picture gives way to the next readable item, and is named.
+
+        Raises :class:`ImageError` when too many in a row cannot be read.
+        """
+        unreadable: dict[str, str] = {}
+        for step in range(min(UNREADABLE_IN_A_ROW, len(self))):
+            number, caption = self._items[(item + step) % len(self)]
+            record = self.records[number]
+            try:
+                picture, original = self._picture(number)
+            except ImageError as error:
+                unreadable[record.key] = str(error)
+                continue
+            rng = stream(seed, epoch, item, Purpose.IMAGE)
+            may_flip = not any(map(mentions_side, record.captions)) if self.transform.flip else False
+            pixels = self.transform(picture, rng, may_flip=may_flip, original=original)
+            return self._with_text(record, caption, pixels, (seed, epoch, item), unreadable)
+        last = next(reversed(unreadable.values()))
+        raise ImageError(f"{len(unreadable)} pictures in a row cannot be read; the last: {last}")
+
+    def _with_text(
+        self,
+        record: Record,
+        caption: int | None,
+        pixels: np.ndarray,
+        where: tuple[int, int, int],
+        unreadable: dict[str, str],
+    ) -> Sample:
+        if caption is None:
+            caption = int(stream(*where, Purpose.CAPTION).integers(len(record.captions)))
+        texts = [record.captions[caption], *([record.swapped[caption]] if self.swapped else [])]
+        ids = self.tokenizer.encode([clean_caption(text, self.max_words, self.clean) for text in texts])
+        masked = None
+        if self.mlm is not None:
+            rng = stream(*where, Purpose.MASK)
+            masked = mask_tokens(ids[0], rng, self.tokenizer, self.mlm.probability, self.mlm.whole_word)
+        draws = stream(*where, Purpose.DRAW).random(2, dtype=np.float32)
+        swapped = ids[1] if self.swapped else None
+        return Sample(record.key, pixels, ids[0], record.image_id, draws, masked, swapped, unreadable)
+
+    def _picture(self, number: int) -> tuple[Image.Image, tuple[int, int] | None]:
+        """The picture, and its own (width, height) where it was squashed for the cache."""
+        record = self.records[number]
+        if self.cache is None:
+            return decode(record.image, self.transform.size, name=record.key), None
+        if (kept := self.cache.get(number)) is None:
+            picture = decode(record.image, self.transform.cache_size, name=record.key)
+            self.cache.put(number, self.transform.squashed(picture), picture.size)
+            kept = self.cache.get(number)
+        assert kept is not None
+        return kept
+
+
+class PictureCache:
+    """Decoded pictures in memory: uint8 ``(count, side, side, 3)`` with their original sizes.
+
+    The memory is anonymous and shared, so forked workers fill and read one cache. Spawned workers begin with an
+    empty one of their own. Raises ``ValueError`` if it would need more than half of the machine's memory.
+    """
+
+    def __init__(self, count: int, side: int) -> None:
+        self.count, self.side = count, side
+        needed = count * (side * side * 3 + 8)
+        if needed > _memory() / 2:
+            raise ValueError(f"keeping {count:,} pictures in memory takes {needed / 2**30:.1f} GiB: set cache=false")
+        self._allocate()
+
+    def _allocate(self) -> None:
+        shape = (self.count, self.side, self.side, 3)
+        self.pixels = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), dtype=np.uint8).reshape(shape)
+        self.sizes = np.frombuffer(mmap.mmap(-1, self.count * 8), dtype=np.int32).reshape(self.count, 2)
+
+    def get(self, number: int) -> tuple[Image.Image, tuple[int, int]] | None:
+        width, height = (int(n) for n in self.sizes[number])
+        return (Image.fromarray(self.pixels[number]), (width, height)) if width else None
+
+    def put(self, number: int, pixels: np.ndarray, size: tuple[int, int]) -> None:
+        self.pixels[number] = pixels
+        self.sizes[number, 1] = size[1]
+        self.sizes[number, 0] = size[0]  # last: a picture with a width is complete
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": self.count, "side": self.side}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._allocate()
+
+
+def _memory() -> int:
+    """Bytes of physical memory, or a guess where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 * 2**30
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack pictures ``(B, 3, H, W)`` uint8 and pack texts row behind row."""
+    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    swapped = [sample.swapped for sample in samples if sample.swapped is not None]
+    return Batch(
+        images=pixels.permute(0, 3, 1, 2).contiguous(),
+        texts=TextBatch.of([sample.ids for sample in samples]),
+        image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
+        draws=torch.from_numpy(np.stack([sample.draws for sample in samples])),
+        masked=pack_masked([sample.masked for sample in samples if sample.masked is not None]),
+        swapped=TextBatch.of(swapped) if swapped else None,
+        keys=tuple(sample.key for sample in samples),
+    )
+
+
+def pack_masked(texts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> MaskedTexts | None:
+    """Masked texts (ids, positions, labels) as packed rows; None for no texts. Nothing masked gives no rows."""
+    if not texts:
+        return None
+    lengths = [len(ids) for ids, _, _ in texts]
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    rows = [int(start) + p for start, (_, positions, _) in zip(starts, texts) for p in positions]
+    return MaskedTexts(
+        ids=torch.tensor([i for ids, _, _ in texts for i in ids], dtype=torch.int64),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        labels=torch.tensor([i for _, _, labels in texts for i in labels], dtype=torch.int64),
+        counts=tuple(len(positions) for _, positions, _ in texts),
+    )

@@ -1,0 +1,221 @@
+"""Batches in a fixed order: the same for any number of workers and ranks, and from any position on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from imglish.data.batch import Batch, TextBatch
+from imglish.data.dataset import PairDataset, Purpose, Sample, collate, stream
+from imglish.data.images import ImageError, ImageTransform, decode
+from imglish.data.records import Record
+from imglish.data.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+SEEN_AT_LEAST = 1000  # pictures over which the share of unreadable ones is taken, early in a run
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where in the endless stream of samples a run stands: ``sample`` items of ``epoch``, of all ranks, are done."""
+
+    epoch: int = 0
+    sample: int = 0
+
+
+def epoch_order(items: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch, int64 ``(items,)``."""
+    return stream(seed, epoch, 0, Purpose.ORDER).permutation(items)
+
+
+def training_batches(
+    dataset: PairDataset,
+    batch_size: int,
+    position: Position = Position(),
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    prefetch: int = 4,
+    pin_memory: bool | None = None,
+    max_unreadable: float = 0.01,
+) -> Iterator[tuple[Batch, Position]]:
+    """Batches without end from ``position``, each with the position after it.
+
+    batch_size: pairs of all ranks together; rank r takes the r-th of ``world_size`` equal slices. The last items of an
+    epoch that fill no batch are left out (other ones each epoch). Order and all random choices come from (seed,
+    epoch, item), so neither ``workers`` nor ``world_size`` nor a resume changes a sample.
+    pin_memory: default, where there is a CUDA device. prefetch: batches made ahead by each worker.
+    max_unreadable: share of the pictures that may be unreadable; each is logged once, and the next readable one
+    stands in for it. Raises :class:`ImageError` above the share, ``ValueError`` for settings that cannot work.
+    """
+    if batch_size % world_size or not 0 <= rank < world_size:
+        raise ValueError(f"a batch of {batch_size} pairs cannot be divided for rank {rank} of {world_size}")
+    if batch_size > len(dataset):
+        raise ValueError(f"a batch of {batch_size} pairs is larger than the data set with {len(dataset)}")
+    if not 0 <= position.sample <= len(dataset):
+        raise ValueError(f"position {position.sample} in a data set of {len(dataset)} items")
+    stretches = _Stretches(len(dataset), batch_size, position, seed, rank, world_size)
+    loader = DataLoader(
+        _Samples(dataset, seed),
+        batch_sampler=stretches,
+        collate_fn=_loaded,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else the loader takes its seed from the global generator and so shifts it
+    )
+    unreadable = _Unreadable(max_unreadable, len(dataset))
+    for loaded, after in zip(loader, stretches.positions()):
+        unreadable.add(loaded.unreadable, len(loaded.batch))
+        yield loaded.batch, after
+
+
+@dataclass(frozen=True)
+class _Stretches:
+    """The batch sampler: (epoch, item) of every sample of this rank's slice of every batch."""
+
+    items: int
+    batch_size: int
+    position: Position
+    seed: int
+    rank: int
+    world_size: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // self.world_size
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for start in self._starts():
+            if start.epoch != epoch:
+                epoch, order = start.epoch, epoch_order(self.items, self.seed, start.epoch)
+            first = start.sample + self.rank * share
+            yield [(epoch, int(item)) for item in order[first : first + share]]
+
+    def positions(self) -> Iterator[Position]:
+        """The position after each batch."""
+        for start in self._starts():
+            yield self._after(start)
+
+    def _starts(self) -> Iterator[Position]:
+        start = self._whole(self.position)
+        while True:
+            yield start
+            start = self._after(start)
+
+    def _after(self, start: Position) -> Position:
+        return self._whole(Position(start.epoch, start.sample + self.batch_size))
+
+    def _whole(self, start: Position) -> Position:
+        """``start``, or the next epoch where no whole batch is left."""
+        return start if start.sample + self.batch_size <= self.items else Position(start.epoch + 1, 0)
+
+
+class _Samples(Dataset[Sample]):
+    def __init__(self, dataset: PairDataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        epoch, item = place
+        return self.dataset.sample(self.seed, epoch, item)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A batch with the messages about pictures that could not be read for it."""
+
+    batch: Batch
+    unreadable: dict[str, str]
+
+    def pin_memory(self) -> _Loaded:
+        return _Loaded(self.batch.pin_memory(), self.unreadable)
+
+
+def _loaded(samples: Sequence[Sample]) -> _Loaded:
+    unreadable: dict[str, str] = {}
+    for sample in samples:
+        unreadable |= sample.unreadable
+    return _Loaded(collate(samples), unreadable)
+
+
+def _start_worker(_: int) -> None:
+    """Workers are many: one thread each, and no thread pool that a fork would have broken."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class _Unreadable:
+    """Logs every unreadable picture once and stops the run when they are too large a share."""
+
+    def __init__(self, share: float, items: int) -> None:
+        self.share, self.items = share, items
+        self.seen = 0
+        self.known: set[str] = set()
+
+    def add(self, messages: dict[str, str], seen: int) -> None:
+        self.seen += seen
+        for key in messages.keys() - self.known:
+            log.warning("unreadable picture, the next one stands in for it: %s", messages[key])
+            self.known.add(key)
+        of = min(self.items, max(self.seen, SEEN_AT_LEAST))
+        if len(self.known) > self.share * of:
+            raise ImageError(
+                f"{len(self.known)} unreadable pictures among {of}, more than the allowed share of {self.share:.2%} "
+                f"(max_unreadable); for example {next(iter(messages.values()), min(self.known))}"
+            )
+
+
+class _Pictures(Dataset[np.ndarray]):
+    def __init__(self, records: Sequence[Record], transform: ImageTransform) -> None:
+        self.records, self.transform = records, transform
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        record = self.records[index]
+        return self.transform(decode(record.image, name=record.key))
+
+
+def evaluation_images(
+    records: Sequence[Record],
+    transform: ImageTransform,
+    batch_size: int,
+    *,
+    indices: Sequence[int] | None = None,
+    workers: int = 0,
+    pin_memory: bool | None = None,
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Pictures in the given order, each exactly once: (uint8 ``(B, 3, H, W)``, their numbers in ``records``).
+
+    indices: which records, in which order (default all; a rank's share). Decoding is in full and without random
+    choices. Raises :class:`ImageError` for an unreadable picture: leaving it out would change the result.
+    """
+    numbers = list(range(len(records))) if indices is None else list(indices)
+    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    loader = DataLoader(
+        _Pictures(records, transform),
+        batch_sampler=batches,
+        collate_fn=_stack,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+    yield from zip(loader, batches)
+
+
+def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def evaluation_texts(texts: Sequence[str], tokenizer: Tokenizer, batch_size: int) -> Iterator[TextBatch]:
+    """Texts in the given order, packed, ``batch_size`` at a time."""
+    for start in range(0, len(texts), batch_size):
+        yield TextBatch.of(tokenizer.encode(list(texts[start : start + batch_size])))
