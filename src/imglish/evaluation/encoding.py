@@ -78,8 +78,8 @@ def picture_loader(transform: ImageTransform) -> Callable[[Record], Tensor]:
     """A function that decodes a record's picture in full and gives it as uint8 ``(3, size, size)``."""
 
     def load(record: Record) -> Tensor:
-        pixels = transform(decode(record.image, name=record.key))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        pixels = torch.tensor(transform(decode(record.image, name=record.key)))
+        return pixels.permute(2, 0, 1).contiguous()
 
     return load
 

@@ -219,9 +219,9 @@ def evaluate_retrieval(
     """Measure retrieval on ``records``; under ``torchrun`` all ranks call this, share the work and get the result.
 
     transform: how a picture is brought to the model's size, or a function that gives a record's picture as
-    ``(3, H, W)``; left out, the whole picture is resized to the model's square. groups: a label for each
+    ``(3, H, W)``; left out, as the model's ``config.image`` says. groups: a label for each
     picture (in order of first appearance of its ``image_id``) for picture-to-picture search; left out, there is none.
-    The model is evaluated as ``eval()`` and put back. Raises ``MissingCapability`` for a model without towers;
+    The model is evaluated as ``eval()`` and put back. Raises ``MissingCapabilityError`` for a model without towers;
     without a fusion tower the reranking is left out, and said.
     """
     if not records:
@@ -270,7 +270,7 @@ def _loader(
 ) -> Callable[[Record], Tensor]:
     if transform is None:
         config: Any = model.config
-        transform = ImageTransform(config.image.size)
+        transform = ImageTransform(config.image.size, resize=config.image.resize)
     return picture_loader(transform) if isinstance(transform, ImageTransform) else transform
 
 

@@ -1,0 +1,199 @@
+"""The Python interface: load a model, encode pictures and texts, match them, rank pictures for a text.
+
+>>> model = imglish.load("runs/flickr8k/model")
+>>> gallery = model.gallery(sorted(Path("photos").glob("*.jpg")))
+>>> for found in model.rank("a dog in the snow", gallery, top=5):
+...     print(f"{found.score:.2f}", found.picture)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from imglish.checkpoints import native
+from imglish.data.batch import TextBatch
+from imglish.data.images import ImageTransform, decode
+from imglish.data.tokenizers import Tokenizer
+from imglish.evaluation.rerank import pair_scores
+from imglish.models.capabilities import EncodedTexts, EncodesImages, EncodesTexts, Matches, require
+
+Picture = str | Path | bytes | Image.Image
+"""A file, the bytes of one, or a PIL image."""
+
+BATCH = 32  # pictures or texts that pass a tower at a time
+PAIRS = 256  # pairs that pass the fusion at a time
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Encoded pictures, to be searched many times: features ``(I, E)`` and, for reranking, tokens ``(I, L, D)``."""
+
+    pictures: tuple[Picture, ...]
+    features: Tensor
+    tokens: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One line of a ranked list. index: of the picture in the gallery; cosine: of the towers; match: the probability
+    that the fusion tower gives the pair, None for a model without one or for a picture that was not reranked."""
+
+    index: int
+    picture: Picture
+    cosine: float
+    match: float | None
+
+    @property
+    def score(self) -> float:
+        """The match probability where there is one, else the cosine."""
+        return self.cosine if self.match is None else self.match
+
+
+class Model:
+    """A model with its tokenizer and its picture input, ready to use; results are float32 on the CPU."""
+
+    def __init__(self, loaded: native.Loaded, device: str | torch.device | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.network: nn.Module = loaded.model.to(self.device).eval()
+        self.tokenizer: Tokenizer = loaded.tokenizer
+        self.config: Any = loaded.config
+        self.score_rule = loaded.score_rule
+        self.meta = loaded.meta
+        self._transform = ImageTransform(self.config.image.size, resize=self.config.image.resize)
+
+    @property
+    def matches(self) -> bool:
+        """Whether the model has a fusion tower, for :meth:`match` and for reranking."""
+        return isinstance(self.network, Matches)
+
+    def encode_images(self, pictures: Sequence[Picture]) -> Tensor:
+        """L2-normalised features ``(N, E)``. Raises ``ImageError`` for a picture that cannot be read."""
+        return self.gallery(pictures, keep_tokens=False).features
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """L2-normalised features ``(N, E)``; ``encode_images(...) @ encode_texts(...).T`` are the cosines."""
+        return self._encode_texts(texts).features.cpu()
+
+    def gallery(self, pictures: Sequence[Picture], keep_tokens: bool = True) -> Gallery:
+        """Encode pictures once, to rank them for many texts; ``keep_tokens``: also what reranking needs."""
+        if isinstance(pictures, (str, Path, bytes, Image.Image)):
+            raise TypeError("expected a list of pictures, not one picture")
+        require(self.network, EncodesImages, "encode_images")
+        assert isinstance(self.network, EncodesImages)
+        features, tokens = [], []
+        for low in range(0, len(pictures), BATCH):
+            images = torch.stack([self._pixels(picture) for picture in pictures[low : low + BATCH]])
+            with torch.no_grad():
+                encoded = self.network.encode_images(images.to(self.device))
+            features.append(encoded.features.float().cpu())
+            if keep_tokens and self.matches and encoded.tokens is not None:
+                tokens.append(encoded.tokens.cpu())
+        if not features:
+            raise ValueError("there are no pictures")
+        return Gallery(tuple(pictures), torch.cat(features), torch.cat(tokens) if tokens else None)
+
+    def match(self, pictures: Sequence[Picture] | Gallery, texts: Sequence[str]) -> Tensor:
+        """Probability ``(I, T)`` that picture and text belong together, by the fusion tower.
+
+        Raises ``MissingCapabilityError`` for a model without one; a :class:`Gallery` needs its tokens.
+        """
+        gallery = self._as_gallery(pictures)
+        encoded = self._encode_texts(texts)
+        logits = self._logits(gallery, range(len(gallery)), encoded)
+        return logits.softmax(-1)[..., 1]
+
+    def rank(
+        self, text: str, pictures: Sequence[Picture] | Gallery, top: int = 20, rerank: int | None = None
+    ) -> list[Found]:
+        """The ``top`` pictures for a text, best first.
+
+        The towers propose the first ``rerank`` pictures (default: the larger of 32 and ``top``; 0: towers only), the
+        fusion tower, where the model has one, orders them by the checkpoint's score rule.
+        """
+        gallery = self._as_gallery(pictures)
+        encoded = self._encode_texts([text])
+        cosine = gallery.features @ encoded.features[0].float().cpu()
+        order = cosine.argsort(descending=True, stable=True).tolist()
+        wanted = max(32, top) if rerank is None else rerank
+        probability: dict[int, float] = {}
+        if self.matches and self.score_rule != "itc" and wanted > 0:
+            first = order[:wanted]
+            logits = self._logits(gallery, first, encoded)[:, 0]
+            rule: Any = self.score_rule
+            best = pair_scores(logits, cosine[first], rule).argsort(descending=True, stable=True).tolist()
+            probability = dict(zip(first, logits.softmax(-1)[:, 1].tolist()))
+            order = [first[i] for i in best] + order[wanted:]
+        return [Found(i, gallery.pictures[i], float(cosine[i]), probability.get(i)) for i in order[:top]]
+
+    # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def _pixels(self, picture: Picture) -> Tensor:
+        source = Path(picture) if isinstance(picture, str) else picture
+        return torch.tensor(self._transform(decode(source))).permute(2, 0, 1)
+
+    def _as_gallery(self, pictures: Sequence[Picture] | Gallery) -> Gallery:
+        return pictures if isinstance(pictures, Gallery) else self.gallery(pictures)
+
+    def _encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        if isinstance(texts, str):
+            raise TypeError("expected a list of texts, not one text")
+        require(self.network, EncodesTexts, "encode_texts")
+        assert isinstance(self.network, EncodesTexts)
+        if not texts:
+            raise ValueError("there are no texts")
+        parts = []
+        with torch.no_grad():
+            for low in range(0, len(texts), BATCH):
+                batch = TextBatch.of(self.tokenizer.encode(list(texts[low : low + BATCH])))
+                parts.append(self.network.encode_texts(batch.to(self.device)))
+        segments = parts[0].segments
+        for part in parts[1:]:
+            segments = segments + part.segments
+        rows = [part.rows for part in parts if part.rows is not None]
+        return EncodedTexts(
+            torch.cat([part.features.float() for part in parts]), segments, torch.cat(rows) if rows else None
+        )
+
+    def _logits(self, gallery: Gallery, chosen: Sequence[int], texts: EncodedTexts) -> Tensor:
+        """ITM logits ``(len(chosen), T, 2)`` on the CPU: each picture's keys and values are projected once."""
+        require(self.network, Matches, "match")
+        assert isinstance(self.network, Matches)
+        if gallery.tokens is None:
+            raise ValueError("the gallery was made with keep_tokens=False: it cannot be matched or reranked")
+        count = texts.segments.count
+        found = []
+        with torch.no_grad():
+            for part in _parts(list(chosen), max(1, PAIRS // count)):
+                memory = self.network.project_images(gallery.tokens[part].to(self.device))
+                for low in range(0, count, PAIRS):
+                    some = range(low, min(low + PAIRS, count))
+                    pairs = [(i, t) for i in range(len(part)) for t in some]
+                    logits = self.network.match(memory, texts, [i for i, _ in pairs], [t for _, t in pairs])
+                    found.append(logits.float().cpu().view(len(part), len(some), 2))
+        if count > PAIRS:  # then a part is one picture, in several pieces
+            per_picture = -(-count // PAIRS)
+            found = [torch.cat(found[i : i + per_picture], dim=1) for i in range(0, len(found), per_picture)]
+        return torch.cat(found)
+
+
+def _parts(items: list[int], size: int) -> Iterator[list[int]]:
+    for low in range(0, len(items), size):
+        yield items[low : low + size]
+
+
+def load(path: str | Path, device: str | torch.device | None = None) -> Model:
+    """An exported model (the folder that ``imglish train`` writes at its end).
+
+    device: default, a GPU where there is one. Raises ``CheckpointError`` for a folder that is no model.
+    """
+    return Model(native.load(path), device)
