@@ -1,0 +1,175 @@
+"""The little world of the quickstart: two people, their garments and colours, and what is said of them.
+
+Nothing here knows a language: a :class:`Scene` is what a picture shows, a :class:`Mention` what a caption says of one
+person, and :func:`true_of` tells whether the one fits the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, combinations, permutations
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+Colour = Literal["red", "orange", "yellow", "green", "blue", "purple", "black", "white"]
+Garment = Literal["hat", "top", "trousers", "shoes", "bag"]
+Kind = Literal["man", "woman"]
+Pair = tuple[Colour, Colour]
+
+COLOURS: tuple[Colour, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
+GARMENTS: tuple[Garment, ...] = ("top", "trousers", "hat", "shoes", "bag")
+SMALL: tuple[Garment, ...] = ("hat", "shoes", "bag")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Person:
+    """One person; hat, shoes and bag may be absent."""
+
+    kind: Kind
+    top: Colour
+    trousers: Colour
+    hat: Colour | None = None
+    shoes: Colour | None = None
+    bag: Colour | None = None
+
+    def colour(self, garment: Garment) -> Colour | None:
+        colour: Colour | None = getattr(self, garment)
+        return colour
+
+    def recoloured(self, garment: Garment, colour: Colour | None) -> Person:
+        change: dict[str, Any] = {garment: colour}
+        return replace(self, **change)
+
+    def worn(self) -> list[tuple[Garment, Colour]]:
+        return [(garment, colour) for garment in GARMENTS if (colour := self.colour(garment)) is not None]
+
+    def pairs_up(self, pairs: Sequence[Pair]) -> bool:
+        """Whether top and trousers have the colours of one of the pairs, either way round."""
+        return _paired(self.top, self.trousers, pairs)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. look: the seed of all that captions never speak of (place, stature, skin, background)."""
+
+    people: tuple[Person, Person]
+    look: int
+
+    def recoloured(self, changes: Sequence[tuple[int, Garment, Colour | None]]) -> Scene:
+        """The same picture with other colours: (person, garment, colour)."""
+        people = list(self.people)
+        for number, garment, colour in changes:
+            people[number] = people[number].recoloured(garment, colour)
+        return replace(self, people=(people[0], people[1]))
+
+
+@dataclass(frozen=True)
+class Mention:
+    """What a caption says of one person: perhaps the kind, and some garments with their colours, in this order."""
+
+    kind: Kind | None
+    worn: tuple[tuple[Garment, Colour], ...]
+
+    def true_of(self, person: Person) -> bool:
+        return self.kind in (None, person.kind) and all(person.colour(g) == c for g, c in self.worn)
+
+    def pairs_up(self, pairs: Sequence[Pair]) -> bool:
+        said = dict(self.worn)
+        return "top" in said and "trousers" in said and _paired(said["top"], said["trousers"], pairs)
+
+
+Description = tuple[Mention, ...]
+"""One or two mentions, of different people."""
+
+
+def true_of(description: Description, scene: Scene) -> bool:
+    """Whether the people of the scene can be assigned to the mentions, each to another one."""
+    return any(
+        all(mention.true_of(person) for mention, person in zip(description, people))
+        for people in permutations(scene.people, len(description))
+    )
+
+
+def describe(scene: Scene, rng: np.random.Generator, omission: float) -> Description:
+    """A true description in random order. Each person's kind and each garment is left out with chance ``omission``;
+    a person of whom nothing would be said is left out, but one garment is always named."""
+    mentions = []
+    for person in shuffled(scene.people, rng):
+        kind = person.kind if rng.random() >= omission else None
+        worn = tuple(item for item in shuffled(person.worn(), rng) if rng.random() >= omission)
+        if worn:
+            mentions.append(Mention(kind, worn))
+    if not mentions:
+        person = pick(scene.people, rng)
+        mentions.append(Mention(None, (pick(person.worn(), rng),)))
+    return tuple(mentions)
+
+
+def swapped_description(
+    description: Description, scene: Scene, rng: np.random.Generator, never: Sequence[Pair]
+) -> Description:
+    """The description with exactly one binding wrong: two of its colours exchanged, else one colour taken from another
+    garment of the scene, else any other colour. It is false of the scene, and speaks of none of the ``never`` pairs."""
+    for variant in chain(
+        _exchanged(description, rng), _altered(description, _shown(scene), rng), _altered(description, COLOURS, rng)
+    ):
+        if not true_of(variant, scene) and not any(mention.pairs_up(never) for mention in variant):
+            return variant
+    raise ValueError(f"no false variant of {description}")
+
+
+def _exchanged(description: Description, rng: np.random.Generator) -> Iterator[Description]:
+    """Two colours exchanged, of one person or of one garment, in random order."""
+    places = [(m, i) for m, mention in enumerate(description) for i in range(len(mention.worn))]
+    for one, two in shuffled(list(combinations(places, 2)), rng):
+        first, second = (description[m].worn[i] for m, i in (one, two))
+        if first[1] != second[1] and (one[0] == two[0] or first[0] == second[0]):
+            yield _with_colour(_with_colour(description, one, second[1]), two, first[1])
+
+
+def _altered(description: Description, colours: Sequence[Colour], rng: np.random.Generator) -> Iterator[Description]:
+    """One colour replaced by one of ``colours``, in random order."""
+    places = [(m, i) for m, mention in enumerate(description) for i in range(len(mention.worn))]
+    for place, colour in shuffled([(place, colour) for place in places for colour in colours], rng):
+        if description[place[0]].worn[place[1]][1] != colour:
+            yield _with_colour(description, place, colour)
+
+
+def _shown(scene: Scene) -> list[Colour]:
+    return sorted({colour for person in scene.people for _, colour in person.worn()})
+
+
+def _with_colour(description: Description, place: tuple[int, int], colour: Colour) -> Description:
+    m, i = place
+    kind, worn = description[m].kind, description[m].worn
+    return (
+        *description[:m],
+        Mention(kind, (*worn[:i], (worn[i][0], colour), *worn[i + 1 :])),
+        *description[m + 1 :],
+    )
+
+
+def random_person(rng: np.random.Generator, small_objects: float, never: Sequence[Pair]) -> Person:
+    """A person whose top and trousers are of none of the ``never`` pairs; each small object with that chance."""
+    while True:
+        small = {garment: pick(COLOURS, rng) for garment in SMALL if rng.random() < small_objects}
+        kind: Kind = "woman" if rng.random() < 0.5 else "man"
+        person = Person(kind, pick(COLOURS, rng), pick(COLOURS, rng), **small)
+        if not person.pairs_up(never):
+            return person
+
+
+def pick(options: Sequence[T], rng: np.random.Generator) -> T:
+    return options[int(rng.random() * len(options))]
+
+
+def shuffled(items: Sequence[T], rng: np.random.Generator) -> list[T]:
+    order = rng.random(len(items)).argsort()
+    return [items[i] for i in order]
+
+
+def _paired(one: Colour, two: Colour, pairs: Sequence[Pair]) -> bool:
+    return (one, two) in pairs or (two, one) in pairs

@@ -1,0 +1,256 @@
+"""The quickstart's data: drawn scenes with captions, and a benchmark of who wears what. Nothing is downloaded.
+
+Seeded scenes of two people in coloured garments; English and Chinese captions in shuffled order that often leave things
+out; some colour pairs of top and trousers never occur in training. For evaluation each scene has a distractor with
+the same garments and colours but two of them exchanged, and captions that differ by that exchange alone (after
+Winoground, Thrush et al. 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+
+from imglish.data.records import Record
+from imglish.data.scene_drawing import SceneImage
+from imglish.data.scene_words import LANGUAGES, Language, Wording, say, say_query
+from imglish.data.scene_world import (
+    COLOURS,
+    SMALL,
+    Colour,
+    Description,
+    Garment,
+    Mention,
+    Pair,
+    Person,
+    Scene,
+    describe,
+    pick,
+    random_person,
+    shuffled,
+    swapped_description,
+    true_of,
+)
+
+Split = Literal["seen", "heldout"]
+Swap = Literal["within", "between"]
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """Settings of the drawn data.
+
+    scenes: training pictures; size: their side in pixels; captions: per picture and language; omission: chance that a
+    caption leaves out a garment (or whether it is a man or a woman); small_objects: chance of each of hat, shoes,
+    bag; held_out: colour pairs of top and trousers, either way round, that training neither shows nor names;
+    pairs: scenes with a distractor in each evaluation split; languages: of captions and queries.
+    """
+
+    seed: int = 0
+    scenes: int = 20_000
+    size: int = 48
+    captions: int = 2
+    omission: float = 0.4
+    small_objects: float = 0.4
+    held_out: tuple[Pair, ...] = (("black", "white"), ("red", "blue"), ("green", "purple"), ("yellow", "orange"))
+    pairs: int = 200
+    languages: tuple[Language, ...] = LANGUAGES
+
+    def __post_init__(self) -> None:
+        for name, value in (("omission", self.omission), ("small_objects", self.small_objects)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is a chance, not {value}")
+        for name, count in (("scenes", self.scenes), ("size", self.size), ("captions", self.captions)):
+            if count < 1:
+                raise ValueError(f"{name} is {count}")
+        for pair in self.held_out:
+            if pair[0] == pair[1] or not set(pair) <= set(COLOURS):
+                raise ValueError(f"held_out: {pair} is not a pair of two of the colours {', '.join(COLOURS)}")
+        if not self.languages or not set(self.languages) <= set(LANGUAGES):
+            raise ValueError(f"languages: {self.languages}; known: {', '.join(LANGUAGES)}")
+
+
+@dataclass(frozen=True)
+class SceneQuadruple:
+    """Two pictures and two captions: ``captions[i]`` is true of ``pictures[i]`` and false of the other.
+
+    kind: two garments of one person exchange colours (``within``), or one garment of both people (``between``).
+    """
+
+    pictures: tuple[Record, Record]
+    captions: tuple[str, str]
+    kind: Swap
+    language: Language
+
+
+@dataclass(frozen=True)
+class SceneQuery:
+    """A search for one person with these garments. texts: by language; relevant: numbers of the records that fit."""
+
+    texts: dict[Language, str]
+    worn: tuple[tuple[Garment, Colour], ...]
+    relevant: tuple[int, ...]
+
+    def fits(self, scene: Scene) -> bool:
+        return true_of((Mention(None, self.worn),), scene)
+
+
+@dataclass(frozen=True)
+class SceneBenchmark:
+    """An evaluation split: scene 2i and its distractor 2i + 1, in ``scenes`` and ``records`` alike. Captions leave
+    nothing out, one in each language, so each is true of its own picture alone."""
+
+    records: list[Record]
+    scenes: list[Scene]
+    quadruples: list[SceneQuadruple]
+    queries: list[SceneQuery]
+
+
+class _Part(IntEnum):
+    TRAINING = 0
+    SEEN = 1
+    HELD_OUT = 2
+
+
+class SceneSource:
+    """Makes the records. Pictures are drawn when they are asked for; equal configs give equal data."""
+
+    def __init__(self, config: SceneConfig = SceneConfig()) -> None:
+        self.config = config
+
+    def training(self) -> list[Record]:
+        """The training records: captions of all languages, and for each one a swapped one that is false."""
+        return [self._training_record(index, scene) for index, scene in enumerate(self.training_scenes())]
+
+    def training_scenes(self) -> list[Scene]:
+        """What the training pictures show, in the order of :meth:`training`."""
+        return [self._scene(_Part.TRAINING, index) for index in range(self.config.scenes)]
+
+    def evaluation(self, split: Split = "seen") -> SceneBenchmark:
+        """Pictures, quadruples and queries. ``seen``: colour pairs of the training (in new scenes); ``heldout``: in
+        every quadruple the first picture, and with a ``within`` swap the second too, shows a held-out pair."""
+        part = _Part.SEEN if split == "seen" else _Part.HELD_OUT
+        if split == "heldout" and not self.config.held_out:
+            raise ValueError("no colour pairs are held out")
+        scenes: list[Scene] = []
+        records: list[Record] = []
+        quadruples: list[SceneQuadruple] = []
+        taken: set[frozenset[Person]] = set()
+        index = 0
+        while len(quadruples) < self.config.pairs * len(self.config.languages):
+            rng = self._rng(part, index, words=True)
+            scene = self._scene(part, index)
+            kind: Swap = "within" if index % 2 == 0 else "between"
+            distractor = self._distractor(scene, kind, split, rng)
+            index += 1
+            shown = {frozenset(s.people) for s in (scene, distractor) if s is not None}
+            if distractor is None or len(shown) < 2 or shown & taken:
+                continue
+            taken |= shown
+            made = self._quadruples(split, len(records), (scene, distractor), kind, rng)
+            records += made[0].pictures
+            scenes += [scene, distractor]
+            quadruples += made
+        return SceneBenchmark(records, scenes, quadruples, self._queries(split, scenes))
+
+    def _rng(self, part: _Part, index: int, words: bool) -> np.random.Generator:
+        key = np.array([self.config.seed % 2**64, part], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, index, words], dtype=np.uint64)))
+
+    def _scene(self, part: _Part, index: int) -> Scene:
+        rng = self._rng(part, index, words=False)
+        people = [random_person(rng, self.config.small_objects, self.config.held_out) for _ in range(2)]
+        if part == _Part.HELD_OUT:
+            top, trousers = shuffled(pick(self.config.held_out, rng), rng)
+            first = people[0]
+            people[0] = Person(first.kind, top, trousers, first.hat, first.shoes, first.bag)
+        return Scene((people[0], people[1]), look=int(rng.integers(2**62)))
+
+    def _training_record(self, index: int, scene: Scene) -> Record:
+        config = self.config
+        rng = self._rng(_Part.TRAINING, index, words=True)
+        captions: list[str] = []
+        swapped: list[str] = []
+        for language in config.languages:
+            for _ in range(config.captions):
+                description = describe(scene, rng, config.omission)
+                wrong = swapped_description(description, scene, rng, config.held_out)
+                wording = Wording.random(rng)
+                captions.append(say(description, language, wording))
+                swapped.append(say(wrong, language, wording))
+        return Record(f"scene-{index:05d}", SceneImage(scene, config.size), tuple(captions), index, tuple(swapped))
+
+    def _distractor(self, scene: Scene, kind: Swap, split: Split, rng: np.random.Generator) -> Scene | None:
+        """The scene with two colours exchanged, or None where that changes nothing or leaves the split."""
+        one, two = scene.people
+        if kind == "within":
+            number = 0 if split == "heldout" else int(rng.random() * 2)
+            person = scene.people[number]
+            other = scene.recoloured([(number, "top", person.trousers), (number, "trousers", person.top)])
+        else:
+            garments: list[Garment] = ["top", "trousers"]
+            garments += [g for g in SMALL if one.colour(g) and two.colour(g) and split == "seen"]
+            garment = pick(garments, rng)
+            other = scene.recoloured([(0, garment, two.colour(garment)), (1, garment, one.colour(garment))])
+        if split == "seen" and any(person.pairs_up(self.config.held_out) for person in other.people):
+            return None
+        return None if set(other.people) == set(scene.people) else other
+
+    def _quadruples(
+        self, split: Split, first: int, scenes: tuple[Scene, Scene], kind: Swap, rng: np.random.Generator
+    ) -> list[SceneQuadruple]:
+        """One quadruple a language; the pair of records is the same in all."""
+        contents = _parallel_descriptions(scenes, rng)
+        wording = Wording.random(rng)
+        texts = {
+            language: (say(contents[0], language, wording), say(contents[1], language, wording))
+            for language in self.config.languages
+        }
+        pictures = tuple(
+            Record(
+                f"{split}-{first + i:04d}",
+                SceneImage(scene, self.config.size),
+                tuple(texts[language][i] for language in self.config.languages),
+                image_id=first + i,
+            )
+            for i, scene in enumerate(scenes)
+        )
+        return [SceneQuadruple((pictures[0], pictures[1]), texts[lang], kind, lang) for lang in self.config.languages]
+
+    def _queries(self, split: Split, scenes: Sequence[Scene]) -> list[SceneQuery]:
+        """Top and trousers for every colour pair of the split, and with each small object where a picture fits."""
+        pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
+        held_out = {frozenset(pair) for pair in self.config.held_out}
+        queries = []
+        for top, trousers in pairs:
+            if (frozenset((top, trousers)) in held_out) != (split == "heldout"):
+                continue
+            base: tuple[tuple[Garment, Colour], ...] = (("top", top), ("trousers", trousers))
+            wearers = [p for scene in scenes for p in scene.people if (p.top, p.trousers) == (top, trousers)]
+            small = [item for person in wearers for item in person.worn() if item[0] in SMALL]
+            for worn in (base, *((*base, item) for item in small[:1])):
+                mention = (Mention(None, worn),)
+                relevant = tuple(i for i, scene in enumerate(scenes) if true_of(mention, scene))
+                if relevant:
+                    texts = {language: say_query(worn, language) for language in LANGUAGES}
+                    queries.append(SceneQuery(texts, worn, relevant))
+        return queries
+
+
+def _parallel_descriptions(scenes: tuple[Scene, Scene], rng: np.random.Generator) -> tuple[Description, Description]:
+    """Full descriptions of two scenes with the same garments, naming people and garments in the same order."""
+    people = shuffled((0, 1), rng)
+    orders = [shuffled([garment for garment, _ in scenes[0].people[number].worn()], rng) for number in people]
+    one, two = (
+        tuple(_mention(scene.people[number], order) for number, order in zip(people, orders)) for scene in scenes
+    )
+    return one, two
+
+
+def _mention(person: Person, order: Sequence[Garment]) -> Mention:
+    colours = dict(person.worn())
+    return Mention(person.kind, tuple((garment, colours[garment]) for garment in order))
