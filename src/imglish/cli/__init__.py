@@ -1,4 +1,4 @@
-"""The `imglish` command. Every subcommand lives in a module with `main(argv) -> int`, imported only when it is called."""
+"""The `imglish` command. Each subcommand is a module with `main(argv) -> int`, imported when it is called."""
 
 from __future__ import annotations
 

@@ -1,0 +1,181 @@
+"""The form in which imglish exchanges models: a folder of safetensors, JSON and the tokenizer, complete in itself.
+
+model.safetensors   every parameter and persistent buffer by its name
+imglish.json        format version, family, configuration, picture input, score rule, where it comes from
+tokenizer.json      the tokenizer with all its settings
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from imglish import __version__
+from imglish.checkpoints import atomic
+from imglish.data.tokenizers import Tokenizer, TokenizerError
+from imglish.models import registry
+from imglish.models.capabilities import Matches
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "imglish.json", "tokenizer.json"
+SCORE_RULES = ("itc", "itm", "itm+itc")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """model: in eval mode, on the CPU; score_rule: how retrieval scores pairs ("itc", "itm" or "itm+itc")."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: Any
+    score_rule: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def default_score_rule(model: nn.Module) -> str:
+    """Matching logits where the model has a fusion tower, else dot products."""
+    return "itm" if isinstance(model, Matches) else "itc"
+
+
+def export(
+    path: str | Path,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    meta: Mapping[str, Any] | None = None,
+    score_rule: str | None = None,
+) -> Path:
+    """Write ``model`` with all that is needed to use it to the folder ``path``; an older export there is replaced.
+
+    meta: where the model comes from (recipe, step, validation), plain data. The replacement is atomic: ``path`` is the
+    old export or the new one. Raises :class:`CheckpointError` when the disk refuses, and keeps the old one.
+    """
+    path = Path(path)
+    rule = score_rule or default_score_rule(model)
+    if rule not in SCORE_RULES:
+        raise CheckpointError(f"score rule {rule!r} is none of {', '.join(SCORE_RULES)}")
+    if path.exists() and not (path / DESCRIPTION).is_file():
+        raise CheckpointError(f"{path} exists and is no exported model: choose another folder")
+    config: Any = model.config
+    description = {
+        "format": FORMAT,
+        "imglish": __version__,
+        "family": model.family,
+        "config": registry.to_dict(config),
+        "image": asdict(config.image),
+        "score_rule": rule,
+        "meta": dict(meta or {}),
+    }
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    try:
+        with atomic.folder(path) as folder:
+            save_file(state, folder / WEIGHTS)
+            text = json.dumps(description, indent=2, ensure_ascii=False)
+            (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+            tokenizer.save(folder / TOKENIZER)
+            shutil.copymode(folder / DESCRIPTION, folder / WEIGHTS)  # safetensors makes files that only the owner reads
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write the model to {path}: {error}") from error
+    return path
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether ``path`` is a folder that :func:`load` reads."""
+    return (Path(path) / DESCRIPTION).is_file()
+
+
+def load(path: str | Path) -> Loaded:
+    """Read a folder that :func:`export` wrote. No code of the checkpoint is run.
+
+    Raises :class:`CheckpointError` for missing files, another format version, unknown settings, and for any name or
+    shape among the weights that differs from the model's.
+    """
+    path = Path(path)
+    atomic.recover(path)
+    description = _description(path)
+    config = _config(path, description)
+    model = registry.build(config)
+    try:
+        state = load_file(path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from error
+    load_weights(model, state, str(path / WEIGHTS))
+    try:
+        tokenizer = Tokenizer.load(path / TOKENIZER)
+    except (OSError, TokenizerError) as error:
+        raise CheckpointError(f"{path / TOKENIZER} cannot be read: {error}") from error
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            f"{TOKENIZER} is not the one that the model was trained with"
+        )
+    return Loaded(model.eval(), tokenizer, config, description["score_rule"], description.get("meta", {}))
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``state`` into ``model``; a name or shape that one side lacks is a :class:`CheckpointError`."""
+    mine = model.state_dict()
+    problems = []
+    if missing := sorted(set(mine) - set(state)):
+        problems.append(f"{len(missing)} weights are missing: {_some(missing)}")
+    if surplus := sorted(set(state) - set(mine)):
+        problems.append(f"{len(surplus)} weights do not belong to the model: {_some(surplus)}")
+    differing = [
+        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(mine[name].shape)}"
+        for name in mine
+        if name in state and state[name].shape != mine[name].shape
+    ]
+    if differing:
+        problems.append(f"shapes differ: {_some(differing)}")
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fit {type(model).__name__} of this configuration; " + "; ".join(problems)
+        )
+    with torch.no_grad():
+        for name, value in mine.items():
+            value.copy_(state[name])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _description(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"there is no model at {path}")
+    try:
+        data = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} is no exported model: it has no readable {DESCRIPTION}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path / DESCRIPTION} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise CheckpointError(
+            f"{path / DESCRIPTION} has format {found!r}; imglish {__version__} reads format {FORMAT}: "
+            "use the version of imglish that wrote it, or a newer one"
+        )
+    if missing := [key for key in ("family", "config", "score_rule") if key not in data]:
+        raise CheckpointError(f"{path / DESCRIPTION} lacks {', '.join(missing)}")
+    if data["score_rule"] not in SCORE_RULES:
+        raise CheckpointError(f"{path / DESCRIPTION}: score rule {data['score_rule']!r} is none of {SCORE_RULES}")
+    return data
+
+
+def _config(path: Path, description: Mapping[str, Any]) -> Any:
+    try:
+        return registry.from_dict(description["family"], description["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / DESCRIPTION}: the configuration cannot be used: {error}") from error

@@ -1,0 +1,64 @@
+"""`imglish train RECIPE.yaml [key=value ...]`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+STOPPED = 75  # "temporary failure, try again": the run was stopped and the same command continues it
+
+DESCRIPTION = """\
+Train a model by a recipe. When the recipe's output folder holds a checkpoint, the run continues from it exactly.
+
+  imglish train recipes/flickr8k-albef.yaml optimiser.lr=1e-4 model.teacher.alpha=0.2
+  torchrun --nproc-per-node 8 -m imglish train recipes/flickr8k-albef.yaml
+
+SIGTERM and Ctrl-C finish the step, write a checkpoint and end with status 75; the same command continues.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Status: 0 finished, 1 the run failed, 2 wrong settings, 75 stopped and can be continued."""
+    parser = argparse.ArgumentParser(
+        "imglish train", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="YAML file of settings; docs/train.md explains them")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    parser.add_argument("--check", action="store_true", help="check recipe, data and disk; do not train")
+    arguments = parser.parse_args(argv)
+
+    import yaml
+
+    from imglish.checkpoints.native import CheckpointError
+    from imglish.data.images import ImageError
+    from imglish.training.alarms import LossNotFinite
+    from imglish.training.checkpoint import ResumeError
+    from imglish.training.config import read_recipe
+    from imglish.training.settings import SettingsError
+    from imglish.training.trainer import check, train
+
+    try:
+        recipe = read_recipe(arguments.recipe, arguments.overrides)
+        if arguments.check:
+            print(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+            print("\n".join(check(recipe)))
+            return 0
+        result = train(recipe)
+    except (SettingsError, ResumeError) as error:
+        print(f"imglish train: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, LossNotFinite, ImageError) as error:
+        print(f"imglish train: {error}", file=sys.stderr)
+        return 1
+    if result.stopped is not None:
+        where = result.output / "checkpoints"
+        print(
+            f"stopped by {result.stopped} after step {result.step}, checkpoint in {where}. "
+            "The same command continues from there.",
+            file=sys.stderr,
+        )
+        return STOPPED
+    if result.events:  # only the first process keeps the log
+        print(f"model: {result.model}\nlog: {result.output / 'log.jsonl'}\nreport: {result.output / 'report.html'}")
+    return 0

@@ -1,0 +1,295 @@
+"""A recipe: everything that a training run is told, as nested dataclasses. `docs/train.md` explains each setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from imglish.training.settings import SettingsError, fill, read_mapping
+
+
+def _between(key: str, value: float, low: float, high: float, hint: str = "") -> None:
+    if not low <= value <= high:
+        raise SettingsError(key, f"{value} lies outside {low:g}..{high:g}{'; ' + hint if hint else ''}")
+
+
+def _positive(key: str, value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise SettingsError(key, f"{value} must be above 0")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the pairs come from and how they are prepared.
+
+    train: JSONL or CSV file (see `docs/train.md`), None when records are given in Python; images: folder that its
+    paths are relative to; split: take only records of this split; captions: an epoch shows every picture once with
+    "one" of its captions, or "all" captions; workers: processes that decode pictures (0: the training process
+    itself); cache: keep decoded pictures in memory; crop: smallest area share of the random crop (None: the whole
+    picture); flip: mirror half of the pictures whose captions name no side; masking, whole_word: of the MLM
+    objective; swapped: use the wrong captions that the records hold as further ITM negatives.
+    """
+
+    train: str | None = None
+    images: str | None = None
+    split: str | None = None
+    captions: Literal["one", "all"] = "one"
+    workers: int = 2
+    cache: bool = False
+    crop: float | None = 0.5
+    flip: bool = True
+    masking: float = 0.15
+    whole_word: bool = False
+    swapped: bool = False
+
+    def __post_init__(self) -> None:
+        _between("workers", self.workers, 0, 256)
+        if self.crop is not None:
+            _between("crop", self.crop, 0.01, 1)
+        _between("masking", self.masking, 0.01, 0.9)
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """load: tokenizer.json, BERT vocabulary or CLIP merges; without it a WordPiece of ``vocab_size`` is trained on the
+    training captions. append_sep: end every text with [SEP] (BERT does; the published ALBEF does not)."""
+
+    load: str | None = None
+    vocab_size: int = 6000
+    append_sep: bool = False
+
+    def __post_init__(self) -> None:
+        _between("vocab_size", self.vocab_size, 16, 1_000_000)
+
+
+@dataclass(frozen=True)
+class BatchRecipe:
+    """size: pairs of one step, over all processes; accumulate: parts that each process divides its share into, to need
+    less memory (contrastive losses still see the whole batch)."""
+
+    size: int = 128
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        _between("size", self.size, 2, 10_000_000, "contrastive losses need at least two pairs")
+        _between("accumulate", self.accumulate, 1, self.size)
+
+
+@dataclass(frozen=True)
+class OptimiserRecipe:
+    """AdamW. lr: highest learning rate; decay_embeddings: also decay embedding tables and positions (as published);
+    clip_norm: largest norm of the gradient (None: not clipped)."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    decay_embeddings: bool = True
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr <= 0.1:
+            raise SettingsError(
+                "lr", f"{self.lr} cannot work with AdamW: usual are 1e-5 (fine-tuning) to 1e-3 (small models)"
+            )
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise SettingsError("betas", f"{beta} must lie in 0..1, below 1")
+        _positive("eps", self.eps)
+        _between("weight_decay", self.weight_decay, 0, 1)
+        _positive("clip_norm", self.clip_norm)
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    """Length of the run in ``epochs`` or in ``steps`` (give one); linear warm-up over ``warmup_steps``, then half a
+    cosine down to ``lr_min``."""
+
+    epochs: float | None = None
+    steps: int | None = None
+    warmup_steps: int = 100
+    lr_min: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            which = "neither is" if self.epochs is None else "both are"
+            raise SettingsError("epochs", f"give the length of the run either as epochs or as steps; {which} set")
+        _positive("epochs", self.epochs)
+        _positive("steps", self.steps)
+        _between("warmup_steps", self.warmup_steps, 0, 10_000_000)
+        _between("lr_min", self.lr_min, 0, 0.1)
+
+
+@dataclass(frozen=True)
+class ComputeRecipe:
+    """device: cpu, cuda, cuda:1, ... (None: a GPU where there is one); precision: of matrix products under autocast,
+    weights stay float32; compile: torch.compile of the Transformer blocks; threads: of each process (None: torch's)."""
+
+    device: str | None = None
+    precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive("threads", self.threads)
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    """Checkpoints for resuming: every so many steps and minutes (None: not), the newest ``keep`` stay."""
+
+    every_steps: int | None = 1000
+    every_minutes: float | None = 10.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _positive("every_steps", self.every_steps)
+        _positive("every_minutes", self.every_minutes)
+        _between("keep", self.keep, 1, 1000)
+
+
+@dataclass(frozen=True)
+class ValidationRecipe:
+    """Retrieval on held-out pairs while training. data: file (None: no validation, or records given in Python); images,
+    split: as in ``data``; every: epochs between two (may be a fraction); limit: only the first so many pictures;
+    rerank: candidates that the fusion tower rescores (0: towers alone)."""
+
+    data: str | None = None
+    images: str | None = None
+    split: str | None = None
+    every: float = 1.0
+    limit: int | None = None
+    rerank: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("every", self.every)
+        _positive("limit", self.limit)
+        _between("rerank", self.rerank, 0, 1_000_000)
+
+
+@dataclass(frozen=True)
+class LogRecipe:
+    """every: steps between two lines of the log; tensorboard: also write TensorBoard files (needs the extra)."""
+
+    every: int = 20
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("every", self.every)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. ``model``: ``name`` of a configuration, or ``init``, an exported checkpoint to start from; and any
+    setting of the model's configuration, at any depth (``teacher: {alpha: 0.2}``). ``output``: folder of the run.
+    ``average``: decay of a moving average of the weights, which is then validated and exported (None: no average)."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    output: str = "runs/train"
+    seed: int = 0
+    data: DataRecipe = DataRecipe()
+    tokenizer: TokenizerRecipe = TokenizerRecipe()
+    batch: BatchRecipe = BatchRecipe()
+    optimiser: OptimiserRecipe = OptimiserRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe(epochs=10)
+    average: float | None = None
+    compute: ComputeRecipe = ComputeRecipe()
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+    validation: ValidationRecipe = ValidationRecipe()
+    log: LogRecipe = LogRecipe()
+
+    def __post_init__(self) -> None:
+        if ("name" in self.model) == ("init" in self.model):
+            raise SettingsError("model", "say which model: model.name (a configuration) or model.init (a checkpoint)")
+        if self.schedule.lr_min > self.optimiser.lr:
+            raise SettingsError(
+                "schedule.lr_min", f"{self.schedule.lr_min} is above optimiser.lr = {self.optimiser.lr}; lower it"
+            )
+        if self.average is not None:
+            _between("average", self.average, 0, 0.999999)
+        _between("seed", self.seed, 0, 2**31 - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (lists for tuples), for YAML, the checkpoint and the comparison on resume."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def recipe_from(data: Mapping[str, Any]) -> Recipe:
+    """A recipe from nested mappings (YAML); mistakes raise :class:`SettingsError` naming the key and the fix."""
+    data = dict(data)
+    if isinstance(data.get("schedule"), dict) and data["schedule"].get("steps") is not None:
+        data["schedule"] = {"epochs": None} | data["schedule"]  # steps replace the default number of epochs
+    if "model" not in data:
+        raise SettingsError("model", "the recipe names no model; write model: {name: albef-small}")
+    if not isinstance(data["model"], dict):
+        raise SettingsError("model", f"{data['model']!r} is not a group of settings; write model: {{name: ...}}")
+    return fill(Recipe(model={"name": ""}), data)
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file with ``key=value`` overrides."""
+    return recipe_from(read_mapping(Path(path), overrides))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the recipe comes to on this data: steps of an epoch and of the run, pairs of a rank and of one part."""
+
+    steps_per_epoch: int
+    steps: int
+    per_rank: int
+    per_part: int
+    validate_every: int
+
+    def validates(self, step: int) -> bool:
+        """Whether a validation belongs after ``step`` steps."""
+        return step > 0 and (step % self.validate_every == 0 or step == self.steps)
+
+    def epochs(self, step: int) -> float:
+        """Progress in epochs after ``step`` steps."""
+        return step / self.steps_per_epoch
+
+
+def plan(recipe: Recipe, pairs: int, world_size: int = 1, queue_size: int = 0) -> Plan:
+    """Check the recipe against the number of training pairs and processes and the model's queue; impossible settings
+    raise."""
+    size, parts = recipe.batch.size, recipe.batch.accumulate
+    if size > pairs:
+        raise SettingsError("batch.size", f"{size} is larger than the data set of {pairs} pairs; lower it")
+    if size % (world_size * parts):
+        raise SettingsError(
+            "batch.size",
+            f"{size} does not divide into {world_size} processes of {parts} parts (batch.accumulate); "
+            f"{size - size % (world_size * parts) or world_size * parts} does",
+        )
+    per_part = size // (world_size * parts)
+    if per_part * world_size < 2:
+        raise SettingsError("batch.accumulate", f"{parts} parts leave a single pair in each; lower it")
+    if queue_size >= pairs:
+        raise SettingsError(
+            "model.teacher.queue_size",
+            f"{queue_size}, but there are {pairs} training pairs: the queue would hold old copies of the very pictures "
+            f"of a batch; at most {pairs // 2} is sensible, 0 switches it off",
+        )
+    per_epoch = pairs // size
+    schedule = recipe.schedule
+    steps = schedule.steps if schedule.steps is not None else round((schedule.epochs or 0) * per_epoch)
+    if steps < 1:
+        raise SettingsError("schedule.epochs", f"{schedule.epochs} epochs of {per_epoch} steps make no step; raise it")
+    if schedule.warmup_steps >= steps:
+        raise SettingsError(
+            "schedule.warmup_steps",
+            f"{schedule.warmup_steps} steps of warm-up do not fit into a run of {steps} steps, so the learning rate "
+            f"would never reach optimiser.lr; {max(steps // 20, 0)} would do",
+        )
+    every = max(1, round(recipe.validation.every * per_epoch))
+    return Plan(per_epoch, steps, size // world_size, per_part, every)

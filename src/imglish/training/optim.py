@@ -1,0 +1,90 @@
+"""AdamW with proper groups, the learning rate of a step, and gradient clipping without waiting for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from imglish.training.config import OptimiserRecipe, ScheduleRecipe
+
+
+def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str, object]]:
+    """Trainable parameters in two groups: with weight decay, and without.
+
+    Without: biases, norms and everything else of at most one dimension (temperatures, class tokens stored flat);
+    embedding tables and position tables too unless ``decay_embeddings``. A shared parameter appears once.
+    """
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if isinstance(module, nn.Embedding)
+    }
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        table = id(parameter) in tables or "position" in name.rpartition(".")[2]
+        keep = (
+            parameter.dim() < 2 or parameter.numel() == max(parameter.shape) or (table and not recipe.decay_embeddings)
+        )
+        (plain if keep else decayed).append(parameter)
+    groups: list[dict[str, object]] = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimiser(model: nn.Module, recipe: OptimiserRecipe) -> torch.optim.AdamW:
+    """AdamW over :func:`parameter_groups`, fused: one kernel on CUDA, and three to six times faster on CPUs too."""
+    groups = parameter_groups(model, recipe)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+
+
+def optimiser_state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Moments and step counts by parameter name, so that they do not depend on the order or number of groups."""
+    return {name: dict(optimiser.state[p]) for name, p in model.named_parameters() if p in optimiser.state}
+
+
+def load_optimiser_state(
+    model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]
+) -> None:
+    """Put back what :func:`optimiser_state` gave; a parameter that the model does not have is an error."""
+    parameters = dict(model.named_parameters())
+    if unknown := sorted(set(state) - set(parameters)):
+        raise ValueError(f"the optimiser state names parameters that the model does not have: {unknown[:5]}")
+    for name, entries in state.items():
+        device = parameters[name].device
+        optimiser.state[parameters[name]] = {key: value.to(device, copy=True) for key, value in entries.items()}
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleRecipe) -> float:
+    """Of step number ``step`` (from 0) in a run of ``steps``: linear warm-up from peak / warm-up, then half a cosine
+    that ends at ``lr_min`` in the last step."""
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    return schedule.lr_min + (peak - schedule.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The gradient's norm, 0-D on the device; if it is above ``max_norm`` all gradients are scaled down to it."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        raise RuntimeError("no parameter received a gradient: is every objective of the model switched off?")
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
