@@ -12,6 +12,7 @@ TABLE = Table(
     Rule(("layer.{i}.q.{leaf}", "layer.{i}.k.{leaf}", "layer.{i}.v.{leaf}"), "blocks.{i}.qkv.{leaf}"),
     Rule("layer.{i}.{j}.{name}.weight", "blocks.{i}.{name}.{j}"),
     Rule("words.weight", "words.weight"),
+    Rule("temp", "temperature"),
     Tie("decoder.weight", "words.weight"),
     Drop("position_ids", "counts up"),
     Fresh("itm.{leaf}", "trained without"),
@@ -23,6 +24,7 @@ def official() -> dict[str, Tensor]:
         "proj": torch.randn(3, 2),
         "cls_token": torch.randn(1, 1, 4),
         "words.weight": torch.randn(5, 4, dtype=torch.float16),
+        "temp": torch.tensor(0.07),
         "position_ids": torch.arange(4),
         "layer.10.7.norm.weight": torch.randn(4),
     }
@@ -31,7 +33,7 @@ def official() -> dict[str, Tensor]:
 
 
 def target() -> dict[str, Tensor]:
-    shapes = {"head.weight": (2, 3), "class_token": (4,), "words.weight": (5, 4), "itm.bias": (2,)}
+    shapes = {"head.weight": (2, 3), "class_token": (4,), "words.weight": (5, 4), "itm.bias": (2,), "temperature": ()}
     shapes |= {f"blocks.{i}.qkv.{leaf}": (6,) for i in range(2) for leaf in ("weight", "bias")}
     shapes |= {"blocks.10.norm.7": (4,)}
     return {name: torch.zeros(shape) for name, shape in shapes.items()}

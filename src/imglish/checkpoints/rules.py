@@ -170,7 +170,8 @@ class Table:
                 if values is None:
                     continue
                 value = value if rule.transform is None else rule.transform.backward(value)
-                for source, part in zip(rule.sources, value.chunk(len(rule.sources)), strict=True):
+                parts = (value,) if len(rule.sources) == 1 else value.chunk(len(rule.sources))
+                for source, part in zip(rule.sources, parts, strict=True):
                     official[_Pattern(source).write(values)] = part
                 used.add(name)
                 break

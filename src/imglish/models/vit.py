@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,16 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What a model expects of a picture: side in pixels, mean and standard deviation a channel (of 0..1 values)."""
+    """What a model expects of a picture: side in pixels, mean and standard deviation a channel (of 0..1 values).
+
+    resize: how a picture becomes square in evaluation: "squash" the whole of it (ALBEF, BLIP), or "center", the
+    centre of it (CLIP).
+    """
 
     size: int = 224
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    resize: Literal["squash", "center"] = "squash"
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class VitConfig:
     """A vision Transformer; the defaults are ViT-B/16 as in ALBEF (DeiT), CLIP changes four of them.
 
     norm_before: LayerNorm in front of the first block (CLIP); norm_after: LayerNorm on the output tokens (False
-    leaves it to the owner); patch_bias: CLIP's patch embedding has none; layer_scale: initial value, or None.
+    leaves it to the owner); patch_bias: CLIP's patch embedding has none; class_token: False leaves patches only;
+    layer_scale: initial value, or None.
     """
 
     image: ImageInput = ImageInput()
@@ -43,13 +50,14 @@ class VitConfig:
     patch_bias: bool = True
     norm_before: bool = False
     norm_after: bool = True
+    class_token: bool = True
     layer_scale: float | None = None
     dropout: float = 0.0
 
     @property
     def tokens(self) -> int:
         """Patches and the class token."""
-        return (self.image.size // self.patch) ** 2 + 1
+        return (self.image.size // self.patch) ** 2 + self.class_token
 
     def build(self) -> VisionTransformer:
         return VisionTransformer(self)
@@ -65,7 +73,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         width = config.width
         self.patch_embed = PatchEmbed(config.patch, width, config.image.mean, config.image.std, bias=config.patch_bias)
-        self.class_token = nn.Parameter(torch.zeros(width))
+        self.class_token = nn.Parameter(torch.zeros(width)) if config.class_token else None
         self.positions = nn.Parameter(torch.zeros(config.tokens, width))
         self.norm_before = nn.LayerNorm(width, eps=config.norm_eps) if config.norm_before else nn.Identity()
         block = BlockConfig(
@@ -79,14 +87,15 @@ class VisionTransformer(nn.Module):
         )
         self.blocks = nn.ModuleList(block.build() for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.norm_after else nn.Identity()
-        nn.init.trunc_normal_(self.class_token, std=0.02)
+        if self.class_token is not None:
+            nn.init.trunc_normal_(self.class_token, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)
 
     def embed(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` (uint8, or normalised floats) -> the rows of the first block, ``(B, L, D)``."""
-        patches = self.patch_embed(images)
-        first = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        x = torch.cat([first, patches], dim=1)
+        x = self.patch_embed(images)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         if x.shape[1] != self.positions.shape[0]:
             raise ValueError(
                 f"pictures give {x.shape[1]} tokens, the model has {self.positions.shape[0]} positions: "
@@ -99,6 +108,8 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, class_only: bool = False) -> Tensor:
         """``(B, 3, H, W)`` -> tokens ``(B, L, D)``; ``class_only``: the class token alone, ``(B, D)``, whose last
         block computes that one row a picture."""
+        if class_only and self.class_token is None:
+            raise ValueError("this vision Transformer has no class token")
         x = self.embed(images)
         segments = Segments.equal(x.shape[0], x.shape[1])
         rows = x.flatten(0, 1)

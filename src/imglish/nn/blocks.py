@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from imglish.nn.attention import CrossAttention, Memory, SelfAttention
 from imglish.nn.segments import Rows, Segments
 
-Activation = Literal["gelu", "quick_gelu"]
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -21,7 +21,16 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, the one of BERT's and SigLIP's original code."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": gelu_tanh,
+}
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,409 @@
+"""CLIP (Radford et al. 2021): an image tower and a text tower that meet in a dot product; SigLIP is a setting of it.
+
+picture -> ViT or ResNet -> one vector --+
+                                         +--> similarity of every picture with every text -> ITC, sigmoid or hinges
+text    -> Transformer   -> one vector --+
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imglish.data.batch import Batch, TextBatch
+from imglish.models.capabilities import Embedded, EncodedImages, EncodedTexts
+from imglish.models.vit import ImageInput, VisionTransformer, VitConfig
+from imglish.nn.blocks import Activation, Block, BlockConfig
+from imglish.nn.pool import LatentPool
+from imglish.nn.resnet import ModifiedResNet
+from imglish.nn.segments import Rows, Segments
+from imglish.objectives.itc import hinge_loss, itc_loss, siglip_loss
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """The modified ResNet; the defaults are RN50's. heads: of the attention pooling, whose width is 32 x ``width``."""
+
+    image: ImageInput = field(default_factory=lambda: ImageInput(resize="center"))
+    layers: tuple[int, int, int, int] = (3, 4, 6, 3)
+    width: int = 64
+    heads: int = 32
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text Transformer, pre-norm.
+
+    causal: tokens see only what is before them. pool: the row that becomes the text's vector, "end" (the last token
+    given, CLIP's end token), "first", or "last" (the last row after filling). padded: texts are filled up to the
+    model's ``max_length`` with ``pad_id``, which is read like a word (SigLIP); otherwise no padding is computed.
+    projection: to the joint space, without or with bias, or none.
+    """
+
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-5
+    activation: Activation = "quick_gelu"
+    layer_scale: float | None = None
+    causal: bool = True
+    pool: Literal["end", "first", "last"] = "end"
+    padded: bool = False
+    pad_id: int = 0
+    projection: Literal["linear", "bias", "none"] = "linear"
+
+
+def clip_vit(
+    image_size: int, patch: int, width: int, depth: int, heads: int, activation: Activation = "quick_gelu"
+) -> VitConfig:
+    """CLIP's variant of the vision Transformer: LayerNorm in front of the first block, no bias on the patches."""
+    return VitConfig(
+        image=ImageInput(image_size, resize="center"),
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=heads,
+        norm_eps=1e-5,
+        activation=activation,
+        patch_bias=False,
+        norm_before=True,
+    )
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes and objective; the defaults are ViT-B/32 as published.
+
+    pool: the class token, the mean of the patches, or attention pooling by a learned query ("map"); a vision config
+    with ``norm_after=False`` gets its last LayerNorm behind the pooling. image_projection: False leaves the pooled
+    vector as it is. loss: "itc" (InfoNCE), "siglip" (sigmoid) or "hinge" (VSE++, with ``margin``). temperature:
+    initial, learned; logit_bias: initial bias on the logits, learned, or None. chunk: rows of the similarity matrix
+    computed at a time (None: all), for batches whose square does not fit into memory.
+    """
+
+    vision: VitConfig | ResNetConfig = field(default_factory=lambda: clip_vit(224, 32, 768, 12, 12))
+    text: TextConfig = field(default_factory=TextConfig)
+    vocab_size: int = 49408
+    max_length: int = 77
+    embed_dim: int = 512
+    pool: Literal["class", "mean", "map"] = "class"
+    image_projection: bool = True
+    loss: Literal["itc", "siglip", "hinge"] = "itc"
+    temperature: float = 0.07
+    logit_bias: float | None = None
+    margin: float = 0.2
+    chunk: int | None = None
+
+    family: ClassVar[str] = "clip"
+
+    @property
+    def image(self) -> ImageInput:
+        return self.vision.image
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vision, VitConfig):
+            if self.pool == "class" and not self.vision.class_token:
+                raise ValueError('pool="class" needs vision.class_token=true')
+            if not self.image_projection and self.vision.width != self.embed_dim:
+                raise ValueError(f"without projection, vision.width {self.vision.width} must be embed_dim")
+        if self.text.projection == "none" and self.text.width != self.embed_dim:
+            raise ValueError(f"without projection, text.width {self.text.width} must be embed_dim {self.embed_dim}")
+        if self.text.pool == "last" and not self.text.padded:
+            raise ValueError('text.pool="last" is the last row of padded texts; unpadded texts end at "end"')
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}, it must be positive")
+
+    def build(self) -> Clip:
+        return Clip(self)
+
+
+class TextTower(nn.Module):
+    """Packed token ids to packed states, or to the one row of each text that is read."""
+
+    def __init__(self, config: TextConfig, vocab_size: int, max_length: int) -> None:
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(vocab_size, config.width)
+        self.positions = nn.Parameter(torch.zeros(max_length, config.width))
+        block = BlockConfig(
+            width=config.width,
+            heads=config.heads,
+            hidden=int(config.width * config.mlp_ratio),
+            norm_eps=config.norm_eps,
+            activation=config.activation,
+            layer_scale=config.layer_scale,
+        )
+        self.blocks = nn.ModuleList(block.build() for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, texts: TextBatch) -> Tensor:
+        """``(T,)`` ids -> ``(T, D)`` states of all tokens, as they are given (nothing is filled up)."""
+        rows = self.embed(texts)
+        for block in self.blocks:
+            rows = block(rows, texts.segments, causal=self.config.causal)
+        states: Tensor = self.norm(rows)
+        return states
+
+    def pooled(self, texts: TextBatch) -> Tensor:
+        """The vector of each text, ``(N, D)``; the last block computes the N rows that are read."""
+        device, given, causal = texts.ids.device, texts.segments, self.config.causal
+        if self.config.padded:
+            texts = self._filled(texts)
+        segments, rows = texts.segments, self.embed(texts)
+        for block in self.blocks[:-1]:
+            rows = block(rows, segments, causal=causal)
+        read_last = self.config.pool == "last" or (self.config.pool == "end" and not self.config.padded)
+        if read_last:
+            index = segments.ends(device)
+        else:
+            index = segments.starts(device)
+            if self.config.pool == "end":  # the end token stands in front of the filling
+                index = index + given.ends(device) - given.starts(device)
+        if causal and not read_last:  # what is read does not see all keys: compute the whole block
+            rows = self.blocks[-1](rows, segments, causal=True)[index]
+        else:
+            read = Rows(index, Segments.equal(segments.count, 1))
+            rows = self.blocks[-1](rows, segments, causal=causal, read=read)
+        states: Tensor = self.norm(rows)
+        return states
+
+    def embed(self, texts: TextBatch) -> Tensor:
+        if texts.segments.longest > self.positions.shape[0]:
+            raise ValueError(
+                f"a text has {texts.segments.longest} tokens, the model takes {self.positions.shape[0]}: "
+                "tokenize with a smaller max_length"
+            )
+        rows: Tensor = self.words(texts.ids) + self.positions[texts.segments.positions(texts.ids.device)]
+        return rows
+
+    def _filled(self, texts: TextBatch) -> TextBatch:
+        device, length = texts.ids.device, self.positions.shape[0]
+        segments = texts.segments
+        if segments.longest > length:
+            raise ValueError(f"a text has {segments.longest} tokens, the model takes {length}")
+        ids = texts.ids.new_full((segments.count * length,), self.config.pad_id)
+        place = segments.indices(device) * length + segments.positions(device)
+        return TextBatch(ids.index_copy(0, place, texts.ids), Segments.equal(segments.count, length))
+
+
+class Clip(nn.Module):
+    """Encodes pictures and texts into one space; ``losses`` is one training step."""
+
+    family = "clip"
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision = config.vision
+        self.vision: VisionTransformer | ModifiedResNet
+        self.image_pool: nn.Module = nn.Identity()
+        self.image_norm: nn.Module = nn.Identity()
+        self.image_proj: nn.Module = nn.Identity()
+        if isinstance(vision, VitConfig):
+            self.vision = vision.build()
+            if config.pool == "map":
+                hidden = int(vision.width * vision.mlp_ratio)
+                self.image_pool = LatentPool(vision.width, vision.heads, hidden, vision.norm_eps, vision.activation)
+            if not vision.norm_after:
+                self.image_norm = nn.LayerNorm(vision.width, eps=vision.norm_eps)
+            if config.image_projection:
+                self.image_proj = nn.Linear(vision.width, config.embed_dim, bias=False)
+        else:  # the attention pooling of the ResNet projects already
+            image = vision.image
+            self.vision = ModifiedResNet(
+                vision.layers, vision.width, vision.heads, config.embed_dim, image.size, image.mean, image.std
+            )
+        self.text = TextTower(config.text, config.vocab_size, config.max_length)
+        self.text_proj: nn.Module = nn.Identity()
+        if config.text.projection != "none":
+            self.text_proj = nn.Linear(config.text.width, config.embed_dim, bias=config.text.projection == "bias")
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias)) if config.logit_bias is not None else None
+        _init(self)
+
+    def make_teacher(self) -> None:
+        """CLIP is trained without a momentum teacher."""
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep the logit scale at most 100 (section 2.5); the trainer calls it after each step."""
+        self.logit_scale.clamp_(0, math.log(100))
+
+    # ---- encoders -------------------------------------------------------------------------------------------------
+
+    def encode_images(self, images: Tensor) -> EncodedImages:
+        """``(B, 3, H, W)`` uint8 or normalised -> L2-normalised features ``(B, E)``, float32."""
+        return EncodedImages(F.normalize(self.project_image(images).float(), dim=-1))
+
+    def encode_texts(self, texts: TextBatch) -> EncodedTexts:
+        """Packed texts, each up to its end token -> L2-normalised features ``(N, E)``, float32."""
+        return EncodedTexts(F.normalize(self.project_text(texts).float(), dim=-1), texts.segments)
+
+    def project_image(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` -> ``(B, E)`` before normalisation."""
+        if isinstance(self.vision, ModifiedResNet):
+            pooled = self.vision(images)
+        elif self.config.pool == "class":
+            pooled = self.vision(images, class_only=True)
+        elif self.config.pool == "map":
+            pooled = self.image_pool(self.vision(images))
+        else:
+            pooled = self.vision(images)[:, int(self.vision.config.class_token) :].mean(dim=1)
+        projected: Tensor = self.image_proj(self.image_norm(pooled))
+        return projected
+
+    def project_text(self, texts: TextBatch) -> Tensor:
+        """Packed texts -> ``(N, E)`` before normalisation."""
+        projected: Tensor = self.text_proj(self.text.pooled(texts))
+        return projected
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
+        return self.losses(batch, teacher, feature_grads)
+
+    def embed(self, batch: Batch, teacher: Any = None) -> Embedded:
+        """Features of both towers."""
+        image, text = self.encode_images(batch.images), self.encode_texts(batch.texts)
+        return Embedded(image.features, text.features, batch.image_ids)
+
+    def contrast(self, embedded: Embedded, teacher: Any = None) -> dict[str, Tensor]:
+        """The contrastive loss over the batch of all ranks; captions of one picture are positives of each other."""
+        image, text, ids = embedded.image, embedded.text, embedded.image_ids
+        scale, config = self.logit_scale.exp(), self.config
+        if config.loss == "itc":
+            return {"itc": itc_loss(image, text, scale, ids, config.chunk), "metric/logit_scale": scale.detach()}
+        if config.loss == "siglip":
+            loss = siglip_loss(image, text, scale, self.logit_bias, ids, config.chunk)
+            return {"siglip": loss, "metric/logit_scale": scale.detach()}
+        return {"hinge": hinge_loss(image, text, config.margin, ids=ids)}
+
+    def losses(self, batch: Batch, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
+        """One training step's loss; with ``feature_grads`` a surrogate with these gradients (exact accumulation)."""
+        embedded = self.embed(batch)
+        return self.contrast(embedded) if feature_grads is None else embedded.surrogate(feature_grads)
+
+
+@torch.no_grad()
+def _init(model: Clip) -> None:
+    """CLIP's initial weights (their section 2.5 and code) for both Transformers; the ResNet makes its own."""
+    towers: list[tuple[nn.ModuleList, int]] = [(model.text.blocks, model.config.text.width)]
+    nn.init.normal_(model.text.words.weight, std=0.02)
+    nn.init.normal_(model.text.positions, std=0.01)
+    if isinstance(model.vision, VisionTransformer):
+        width = model.vision.config.width
+        towers.append((model.vision.blocks, width))
+        nn.init.normal_(model.vision.positions, std=width**-0.5)
+        if model.vision.class_token is not None:
+            nn.init.normal_(model.vision.class_token, std=width**-0.5)
+    for blocks, width in towers:
+        residual = width**-0.5 * (2 * len(blocks)) ** -0.5
+        for block in blocks:
+            assert isinstance(block, Block)
+            nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out.weight, std=residual)
+            nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.fc2.weight, std=residual)
+            for layer in (block.attn.qkv, block.attn.out, block.mlp.fc1, block.mlp.fc2):
+                nn.init.zeros_(layer.bias)
+    for proj in (model.image_proj, model.text_proj):
+        if isinstance(proj, nn.Linear):
+            nn.init.normal_(proj.weight, std=proj.in_features**-0.5)
+            if proj.bias is not None:
+                nn.init.zeros_(proj.bias)
+
+
+# ---- named sizes --------------------------------------------------------------------------------------------------
+
+
+def _clip(
+    image: tuple[int, int, int, int, int] | ResNetConfig,
+    text: tuple[int, int, int],
+    embed_dim: int,
+    activation: Activation = "quick_gelu",
+    mlp_ratio: float = 4.0,
+) -> ClipConfig:
+    """image: (size, patch, width, depth, heads) or a ResNet; text: (width, depth, heads)."""
+    vision: VitConfig | ResNetConfig
+    if isinstance(image, ResNetConfig):
+        vision = image
+    else:
+        vision = replace(clip_vit(*image, activation=activation), mlp_ratio=mlp_ratio)
+    width, depth, heads = text
+    return ClipConfig(vision, TextConfig(width, depth, heads, activation=activation), embed_dim=embed_dim)
+
+
+def _resnet(layers: tuple[int, int, int, int], size: int, width: int, text: int, embed_dim: int) -> ClipConfig:
+    vision = ResNetConfig(ImageInput(size, resize="center"), layers, width, heads=width * 32 // 64)
+    return _clip(vision, (text, 12, text // 64), embed_dim)
+
+
+def siglip_b_16() -> ClipConfig:
+    """SigLIP ViT-B/16 at 224 px (Zhai et al. 2023) as open_clip and timm build it: 203.2 M parameters."""
+    half = (0.5, 0.5, 0.5)
+    return ClipConfig(
+        vision=VitConfig(image=ImageInput(224, half, half), class_token=False),
+        text=TextConfig(
+            width=768,
+            heads=12,
+            norm_eps=1e-6,
+            activation="gelu",
+            causal=False,
+            pool="last",
+            padded=True,
+            pad_id=1,
+            projection="bias",
+        ),
+        vocab_size=32000,
+        max_length=64,
+        embed_dim=768,
+        pool="map",
+        image_projection=False,
+        loss="siglip",
+        temperature=0.1,
+        logit_bias=-10.0,
+    )
+
+
+def clip_small() -> ClipConfig:
+    """About 8 M parameters, for real photographs on CPUs."""
+    vision = clip_vit(96, 16, 256, 6, 4, activation="gelu")
+    text = TextConfig(256, 4, 4, activation="gelu")
+    return ClipConfig(vision, text, vocab_size=6000, max_length=64, embed_dim=128)
+
+
+def clip_tiny() -> ClipConfig:
+    """For tests: seconds on one core."""
+    vision = clip_vit(48, 8, 64, 3, 4, activation="gelu")
+    text = TextConfig(64, 2, 4, activation="gelu")
+    return ClipConfig(vision, text, vocab_size=500, max_length=48, embed_dim=64)
+
+
+CONFIGS: dict[str, Callable[[], ClipConfig]] = {
+    "clip-vit-b-32": lambda: _clip((224, 32, 768, 12, 12), (512, 12, 8), 512),
+    "clip-vit-b-16": lambda: _clip((224, 16, 768, 12, 12), (512, 12, 8), 512),
+    "clip-vit-l-14": lambda: _clip((224, 14, 1024, 24, 16), (768, 12, 12), 768),
+    "clip-vit-l-14-336": lambda: _clip((336, 14, 1024, 24, 16), (768, 12, 12), 768),
+    "clip-rn50": lambda: _resnet((3, 4, 6, 3), 224, 64, 512, 1024),
+    "clip-rn101": lambda: _resnet((3, 4, 23, 3), 224, 64, 512, 512),
+    "clip-rn50x4": lambda: _resnet((4, 6, 10, 6), 288, 80, 640, 640),
+    "clip-rn50x16": lambda: _resnet((6, 8, 18, 8), 384, 96, 768, 768),
+    "clip-rn50x64": lambda: _resnet((3, 15, 36, 10), 448, 128, 1024, 1024),
+    # open_clip's own models: GELU, larger towers
+    "openclip-vit-b-32": lambda: _clip((224, 32, 768, 12, 12), (512, 12, 8), 512, "gelu"),
+    "openclip-vit-b-16": lambda: _clip((224, 16, 768, 12, 12), (512, 12, 8), 512, "gelu"),
+    "openclip-vit-l-14": lambda: _clip((224, 14, 1024, 24, 16), (768, 12, 12), 768, "gelu"),
+    "openclip-vit-h-14": lambda: _clip((224, 14, 1280, 32, 16), (1024, 24, 16), 1024, "gelu"),
+    "openclip-vit-g-14": lambda: _clip((224, 14, 1408, 40, 16), (1024, 24, 16), 1024, "gelu", 4.3637),
+    "openclip-vit-bigg-14": lambda: _clip((224, 14, 1664, 48, 16), (1280, 32, 20), 1280, "gelu", 4.9231),
+    "siglip-b-16": siglip_b_16,
+    "clip-small": clip_small,
+    "clip-tiny": clip_tiny,
+}
