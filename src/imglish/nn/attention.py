@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,15 +55,20 @@ def attend(
         mask = k_segments.valid(device)[:, None, None, :]
         if causal:
             mask = mask & torch.ones(k_segments.longest, k_segments.longest, device=device).tril().bool()
-    out_NHLd = F.scaled_dot_product_attention(
-        _sequences(q_THd, q_segments),
-        _sequences(k_SHd, k_segments),
-        _sequences(v_SHd, k_segments),
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal and mask is None,
-    )
-    out_NLHd = out_NHLd.transpose(1, 2)
+    dtype = q_THd.dtype
+    single = device.type == "cpu" and dtype in (torch.float16, torch.bfloat16)
+    if single:  # the CPU kernel's backward pass is several times slower in half precision than in float32
+        q_THd, k_SHd, v_SHd = q_THd.float(), k_SHd.float(), v_SHd.float()
+    with torch.autocast(device.type, enabled=False) if single else nullcontext():
+        out_NHLd = F.scaled_dot_product_attention(
+            _sequences(q_THd, q_segments),
+            _sequences(k_SHd, k_segments),
+            _sequences(v_SHd, k_segments),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal and mask is None,
+        )
+    out_NLHd = out_NHLd.transpose(1, 2).to(dtype)
     if q_segments.uniform:
         return out_NLHd.reshape(q_THd.shape)
     return out_NLHd.flatten(0, 1)[q_segments.slots(device)]
