@@ -103,14 +103,6 @@ class ImageTransform:
             if limits is not None and not 0 < limits[0] <= limits[1] <= most:
                 raise ValueError(f"{name} {limits}: expected 0 < low <= high <= {most}")
 
-    @staticmethod
-    def training(size: int, crop_scale: tuple[float, float] | None = (0.5, 1.0), flip: bool = True) -> ImageTransform:
-        return ImageTransform(size, crop_scale=crop_scale, flip=flip)
-
-    @property
-    def random(self) -> bool:
-        return self.flip or self.crop_scale is not None
-
     @property
     def cache_size(self) -> int:
         """Side at which a picture is kept in memory between epochs."""

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from imglish.data.batch import Batch, TextBatch
+from imglish.data.batch import Batch
 from imglish.data.dataset import PairDataset, Purpose, Sample, collate, stream
-from imglish.data.images import ImageError, ImageTransform, decode
-from imglish.data.records import Record
-from imglish.data.tokenizers import Tokenizer
+from imglish.data.images import ImageError
 
 log = logging.getLogger(__name__)
 
@@ -172,50 +169,3 @@ class _Unreadable:
                 f"{len(self.known)} unreadable pictures among {of}, more than the allowed share of {self.share:.2%} "
                 f"(max_unreadable); for example {next(iter(messages.values()), min(self.known))}"
             )
-
-
-class _Pictures(Dataset[np.ndarray]):
-    def __init__(self, records: Sequence[Record], transform: ImageTransform) -> None:
-        self.records, self.transform = records, transform
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        record = self.records[index]
-        return self.transform(decode(record.image, name=record.key))
-
-
-def evaluation_images(
-    records: Sequence[Record],
-    transform: ImageTransform,
-    batch_size: int,
-    *,
-    indices: Sequence[int] | None = None,
-    workers: int = 0,
-    pin_memory: bool | None = None,
-) -> Iterator[tuple[Tensor, list[int]]]:
-    """Pictures in the given order, each exactly once: (uint8 ``(B, 3, H, W)``, their numbers in ``records``).
-
-    indices: which records, in which order (default all; a rank's share). Decoding is in full and without random
-    choices. Raises :class:`ImageError` for an unreadable picture: leaving it out would change the result.
-    """
-    numbers = list(range(len(records))) if indices is None else list(indices)
-    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    loader = DataLoader(
-        _Pictures(records, transform),
-        batch_sampler=batches,
-        collate_fn=_stack,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),
-    )
-    yield from zip(loader, batches)
-
-
-def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-
-
-def evaluation_texts(texts: Sequence[str], tokenizer: Tokenizer, batch_size: int) -> Iterator[TextBatch]:
-    """Texts in the given order, packed, ``batch_size`` at a time."""
-    for start in range(0, len(texts), batch_size):
-        yield TextBatch.of(tokenizer.encode(list(texts[start : start + batch_size])))
