@@ -73,7 +73,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     """``value`` as JSON gives it, in the form that the annotation ``kind`` asks for."""
     choices = [kind, *getattr(kind, "__args__", ())]
     if isinstance(value, dict):
-        nested = [c for c in choices if dataclasses.is_dataclass(c)]
+        nested: list[type[Any]] = [c for c in choices if isinstance(c, type) and dataclasses.is_dataclass(c)]
         for candidate in nested:
             if set(value) <= {field.name for field in dataclasses.fields(candidate)}:
                 return _from_dict(candidate, value, where)

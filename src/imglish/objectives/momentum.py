@@ -108,7 +108,7 @@ class MomentumTeacher(Generic[ModelT]):
     @torch.no_grad()
     def blend(self, student: nn.Module) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call."""
-        mine = list(self.model.parameters())
+        mine: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(mine, [p.detach() for p in student.parameters()], 1 - self.config.momentum)
         for mine_b, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine_b.copy_(theirs)
