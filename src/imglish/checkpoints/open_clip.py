@@ -71,6 +71,7 @@ def config_from_json(model: Mapping[str, Any]) -> ClipConfig:
     vision, text = _Options("vision_cfg", top.take("vision_cfg")), _Options("text_cfg", top.take("text_cfg"))
     quick: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"
     embed_dim, bias = top.take("embed_dim"), top.take("init_logit_bias")
+    bias = None if bias is None else float(bias)
     pool: dict[str, Any] = {}
     tower: VitConfig | ResNetConfig
     if vision.left.get("timm_model_name"):
