@@ -27,6 +27,7 @@ class Record:
 
     key: its name in messages and results; image_id: equal for records that show the same picture.
     swapped: optionally, for each caption, one that is false for this picture (a hard negative known beforehand).
+    group: optionally, a label that pictures of one thing share (a product, a place), for picture-to-picture search.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Record:
     captions: tuple[str, ...]
     image_id: int
     swapped: tuple[str, ...] = ()
+    group: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.captions, str):
@@ -49,13 +51,14 @@ def read_records(
     split: str | None = None,
     image: str = "image",
     captions: str | Sequence[str] = ("captions", "caption"),
+    group: str = "group",
 ) -> list[Record]:
     """Read a ``.jsonl``, ``.csv`` or ``.tsv`` file; lines that name one picture become one record, in file order.
 
     images: folder that the picture paths are relative to (default: the file's own folder, or ``images`` in it).
     split: keep only lines whose ``split`` field equals it. image: name of the field with the picture's path.
     captions: field or fields that hold captions, each a string or a list of strings; all that are present count;
-    a dot reaches into nested JSON (``translations.de``).
+    a dot reaches into nested JSON (``translations.de``). group: name of the field with the group label, if any.
 
     Raises :class:`RecordError` with ``file:line`` for broken lines, missing fields and empty captions, and
     ``FileNotFoundError`` when none of the first pictures exists.
@@ -77,7 +80,10 @@ def read_records(
         if (known := found.get(name)) is not None:
             found[name] = replace(known, captions=known.captions + texts)
         else:
-            found[name] = Record(name, folder / name, texts, image_id=len(found))
+            label = row.get(group)
+            found[name] = Record(
+                name, folder / name, texts, image_id=len(found), group="" if label is None else str(label)
+            )
     if not found:
         why = f'no line has split "{split}" (there are: {", ".join(sorted(splits))})' if splits else "no lines"
         raise RecordError(f"{path}: {why}")

@@ -214,13 +214,12 @@ def evaluate_retrieval(
     records: Sequence[Record],
     config: RetrievalConfig = RetrievalConfig(),
     transform: ImageTransform | Callable[[Record], Tensor] | None = None,
-    groups: Sequence[int] | None = None,
 ) -> RetrievalResult:
     """Measure retrieval on ``records``; under ``torchrun`` all ranks call this, share the work and get the result.
 
     transform: how a picture is brought to the model's size, or a function that gives a record's picture as
-    ``(3, H, W)``; left out, as the model's ``config.image`` says. groups: a label for each
-    picture (in order of first appearance of its ``image_id``) for picture-to-picture search; left out, there is none.
+    ``(3, H, W)``; left out, as the model's ``config.image`` says.
+    Pictures whose records share a ``group`` find each other in picture-to-picture search; without groups there is none.
     The model is evaluated as ``eval()`` and put back. Raises ``MissingCapabilityError`` for a model without towers;
     without a fusion tower the reranking is left out, and said.
     """
@@ -245,7 +244,7 @@ def evaluate_retrieval(
                 notes.append(f"{store.on_disk()} blocks of image tokens did not fit into token_memory: kept on disk")
     finally:
         model.train(training)
-    within = _within(encoded, groups, config, notes)
+    within = _within(encoded, _labels(pictures), config, notes)
     return RetrievalResult(
         images=len(pictures),
         texts=len(captions),
@@ -355,15 +354,18 @@ def _ranking(
     return both_ways(*ranked[True], *ranked[False], config.ks), lists
 
 
+def _labels(pictures: Sequence[Record]) -> Tensor:
+    """A number for each picture, equal for those of one group: int64 ``(I,)``."""
+    known: dict[str, int] = {}
+    numbers = [known.setdefault(p.group or f"alone {i}", i) for i, p in enumerate(pictures)]
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
 def _within(
-    encoded: _Encoded, groups: Sequence[int] | None, config: RetrievalConfig, notes: list[str]
+    encoded: _Encoded, groups: Tensor, config: RetrievalConfig, notes: list[str]
 ) -> tuple[dict[str, float] | None, dict[str, float] | None]:
     """Picture-to-picture (by ``groups``) and caption-to-caption recalls, None where nothing shares a label."""
-    pictures = None
-    if groups is not None:
-        if len(groups) != len(encoded.pictures):
-            raise ValueError(f"groups has {len(groups)} labels for {len(encoded.pictures)} pictures")
-        pictures = recalls_within(encoded.pictures, torch.tensor(groups), "i2i", config.ks, config.ties)
+    pictures = recalls_within(encoded.pictures, groups, "i2i", config.ks, config.ties)
     texts = recalls_within(encoded.captions.features, encoded.owner, "t2t", config.ks, config.ties)
     if pictures is None:
         notes.append("image→image is left out: no two pictures share a group")
