@@ -6,7 +6,7 @@ import sys
 
 from imglish.training.config import Recipe
 from imglish.training.trainer import train
-from tests.training.support import records, recipe
+from tests.training.support import recipe, records
 
 
 def main(output: str, family: str, steps: str) -> int:

@@ -13,6 +13,8 @@ from PIL import Image
 from imglish.data.records import Record
 from imglish.training.config import Recipe, recipe_from
 
+torch.set_num_threads(1)  # two cores are shared by the test processes
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 THINGS = ("square", "stripe", "frame", "half")
 SIZE = 16

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from imglish.data.batch import Batch
 from imglish.training.checkpoint import ResumeError
 from imglish.training.journal import read_events
+from imglish.training.step import Stepper
 from imglish.training.trainer import train
 from tests.training.runner import long_recipe
 from tests.training.support import assert_same, final_state, recipe, records
@@ -40,7 +42,7 @@ def wait_for_progress(process: subprocess.Popen[bytes], output: Path, more: int)
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("family", ["albef", "clip"])
+@pytest.mark.parametrize("family", ["albef", pytest.param("clip", marks=pytest.mark.slow)])
 def test_killed_runs_end_bit_identical(tmp_path: Path, family: str) -> None:
     train(long_recipe(str(tmp_path / "calm"), family, STEPS), records())
     moments = random.Random()
@@ -62,17 +64,37 @@ def test_killed_runs_end_bit_identical(tmp_path: Path, family: str) -> None:
     assert not list((output / "checkpoints").glob("*.writing"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_exit(tmp_path: Path, number: signal.Signals) -> None:
+def test_sigterm_saves_and_exits(tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(output, "clip")
     wait_for_progress(process, output, more=4)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     newest = max((output / "checkpoints").glob("step-*.pt"))
     saved = torch.load(newest, weights_only=True)["step"]
     assert saved == last_step(output)
     assert 4 <= saved < STEPS
+
+
+def test_ctrl_c_stops_after_the_step_and_the_run_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe(tmp_path / "calm", "albef"), records())
+    real = Stepper.__call__
+
+    def interrupted(self: Stepper, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, batch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "__call__", interrupted)
+        stopped = train(recipe(tmp_path / "stopped", "albef"), records())
+    assert (stopped.step, stopped.stopped) == (7, "SIGINT")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = train(recipe(tmp_path / "stopped", "albef"), records())
+    assert resumed.step == 12
+    assert_same(final_state(tmp_path / "calm"), final_state(tmp_path / "stopped"))
 
 
 def test_resume_needs_the_same_recipe_and_data(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ to the features follow, and each part is then computed again and back-propagated
 from __future__ import annotations
 
 import hashlib
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -123,7 +124,9 @@ class Stepper:
             if probe is None:
                 raise ValueError("several processes need a probe batch")
             self.idle = self._freeze_idle(split(probe, settings.parts)[0].to(self.device))
-            self._summed = DistributedDataParallel(self._summed, broadcast_buffers=False)
+            names = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.13
+            unsynced = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+            self._summed = DistributedDataParallel(self._summed, **{unsynced: False})
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """Gradients of the mean over the global batch, from this rank's ``batch``; returns the losses, detached."""
@@ -164,11 +167,12 @@ class Stepper:
         return sums
 
     def _freeze_idle(self, batch: Batch) -> list[str]:
-        """Switch off the gradient of parameters that no loss reaches; weights and buffers stay as they are."""
+        """Switch off the gradient of parameters that no loss reaches; weights, buffers and queue stay as they are."""
+        teacher = getattr(self.model, "make_teacher", lambda: None)()  # the run's own must not remember this batch
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         self._seed(0, 0)
         with self._autocast():
-            total, _ = self._summed(batch, self.teacher, None, 1.0, [])
+            total, _ = self._summed(batch, teacher, None, 1.0, [])
         total.backward()
         idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         for name, parameter in self.model.named_parameters():

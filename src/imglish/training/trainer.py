@@ -39,7 +39,6 @@ from imglish.training.ranks import Agreement, pick_device, process_group
 from imglish.training.setup import Materials, gather_materials, new_model, pair_dataset
 from imglish.training.signals import Interrupted, StopSignal
 from imglish.training.step import Stepper, StepSettings
-from imglish.training.summary import write_report
 from imglish.training.validation import validate
 
 GRADIENT = "gradient norm"
@@ -183,6 +182,8 @@ class Run:
             return Result(self.step, self.folder, None, self.best, self.stop.came or "a signal", self.journal.events)
         exported = self.folder / "model"
         if rank() == 0:
+            from imglish.training.summary import write_report  # matplotlib takes half a second, so only at the end
+
             export(exported, self._evaluated(), self.materials.tokenizer, self._provenance())
             if not any(event["event"] == "end" for event in self.journal.events):
                 self.journal.write("end", self.step, seconds=self._elapsed(), best=self.best)

@@ -1,0 +1,71 @@
+"""A whole run: it learns, and leaves log, report, checkpoints and an exported model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from imglish.checkpoints.native import load
+from imglish.training.journal import Journal, read_events
+from imglish.training.trainer import train
+from tests.training.support import recipe, records
+
+
+@pytest.mark.parametrize("family", ["albef", "clip"])
+def test_a_run_learns_and_tells(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = recipe(
+        tmp_path,
+        family,
+        schedule={"steps": 60, "warmup_steps": 5},
+        batch={"size": 16, "accumulate": 2},
+        compute={"precision": "bf16"},
+        validation={"every": 10.0, "rerank": 4},
+        average=0.9,
+        log={"every": 10},
+    )
+    result = train(settings, records(), records(16))
+    steps = [event for event in result.events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == [10, 20, 30, 40, 50, 60]
+    first, last = steps[0]["losses"], steps[-1]["losses"]
+    assert last.keys() == ({"itc", "itm", "mlm"} if family == "albef" else {"itc"})
+    falls = "mlm" if family == "albef" else "itc"  # ITC against a filling queue grows at first
+    assert last[falls] < 0.9 * first[falls]
+    for event in steps:
+        assert event["pairs_per_second"] > 0
+        assert 0 <= event["waiting_for_data"] < 1
+        assert event["gradient_norm"] > 0
+    assert steps[-1]["epoch"] == 20.0
+    validations = [event for event in result.events if event["event"] == "validation"]
+    assert [event["step"] for event in validations] == [30, 60]
+    assert (validations[0]["reranked"] is not None) == (family == "albef")
+    assert result.best["r_mean"] == max((e["reranked"] or e["towers"])["r_mean"] for e in validations)
+    assert load(tmp_path / "best").meta["step"] == result.best["step"]
+    assert result.model is not None
+    assert load(result.model).meta["step"] == 60
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for part in ("Losses", "Retrieval on the validation pairs", "gradient norm", "optimiser.lr", "mean recall"):
+        assert part in report
+    assert "the best so far" in capsys.readouterr().err
+    assert read_events(tmp_path / "log.jsonl") == json.loads(json.dumps(result.events))
+    again = train(settings, records(), records(16))  # finished already: nothing is trained or logged twice
+    assert again.events == read_events(tmp_path / "log.jsonl")
+    assert len(again.events) == len(result.events)
+
+
+def test_the_journal_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, active=True)
+    for step in (1, 2, 3):
+        journal.write("step", step, losses={"itc": float("nan") if step == 1 else 1.0})
+    with journal.path.open("a") as file:
+        file.write('{"event": "st')  # cut off by a kill
+    again = Journal(tmp_path, active=True)
+    again.rewind(2)
+    assert [event["step"] for event in again.events] == [1, 2]
+    assert again.events[0]["losses"]["itc"] == "nan"
+    assert len(journal.path.read_text().splitlines()) == 2
+    silent = Journal(tmp_path / "other", active=False)
+    silent.write("step", 1)
+    silent.rewind(0)
+    assert not (tmp_path / "other").exists()
