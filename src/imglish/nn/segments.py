@@ -42,7 +42,10 @@ class Segments:
     @staticmethod
     def equal(count: int, length: int) -> Segments:
         """``count`` sequences of one ``length``: the rows of ``(count, length, D)`` seen as ``(T, D)``."""
-        return Segments((length,) * count)
+        made = Segments((length,) * count)
+        # known already; and torch.compile cannot trace the lock that Python 3.11 puts around cached properties
+        made.__dict__.update(count=count, total=count * length, longest=length if count else 0, uniform=True)
+        return made
 
     @cached_property
     def count(self) -> int:
