@@ -9,6 +9,7 @@ import pytest
 
 from imglish.checkpoints.native import load
 from imglish.training.journal import Journal, read_events
+from imglish.training.settings import SettingsError
 from imglish.training.trainer import train
 from tests.training.support import recipe, records
 
@@ -69,3 +70,24 @@ def test_the_journal_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> No
     silent.write("step", 1)
     silent.rewind(0)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_equals_a_plain_one(tmp_path: Path) -> None:
+    results = [
+        train(recipe(tmp_path / str(flag), "albef", compute={"compile": flag}, average=0.9), records())
+        for flag in (False, True)
+    ]
+    plain, compiled = ([e["losses"] for e in r.events if e["event"] == "step"] for r in results)
+    assert len(plain) == 3
+    for one, other in zip(plain, compiled, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_what_cannot_be_compiled_is_said(tmp_path: Path) -> None:
+    model = {"name": "clip-rn50", "vision": {"width": 8, "layers": [1, 1, 1, 1], "heads": 4, "image": {"size": 64}}}
+    settings = recipe(tmp_path, "clip", compute={"compile": True})
+    settings.model.clear()
+    settings.model.update(model)
+    with pytest.raises(SettingsError, match=r"compute\.compile: this model has no vision Transformer"):
+        train(settings, records())

@@ -125,7 +125,8 @@ class ScheduleRecipe:
 @dataclass(frozen=True)
 class ComputeRecipe:
     """device: cpu, cuda, cuda:1, ... (None: a GPU where there is one); precision: of matrix products under autocast,
-    weights stay float32; compile: torch.compile of the Transformer blocks; threads: of each process (None: torch's)."""
+    weights stay float32; compile: torch.compile of the vision Transformer, for GPUs; threads: of each process (None:
+    torch's)."""
 
     device: str | None = None
     precision: Literal["float32", "bf16"] = "float32"

@@ -20,6 +20,7 @@ from imglish.data.masking import MaskConfig
 from imglish.data.records import Record, RecordError, read_records
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
+from imglish.models.vit import VisionTransformer
 from imglish.objectives.gather import rank, world_size
 from imglish.training.config import Recipe
 from imglish.training.settings import SettingsError, fill
@@ -156,3 +157,14 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
         )
     except ValueError as error:
         raise SettingsError("data", str(error)) from error
+
+
+def compile_towers(model: nn.Module) -> int:
+    """torch.compile the blocks of vision Transformers, in place; returns how many.
+
+    Their shapes are the same in every step. Text has other lengths in every batch, for which it would compile anew.
+    """
+    blocks = [block for tower in model.modules() if isinstance(tower, VisionTransformer) for block in tower.blocks]
+    for block in blocks:
+        block.compile()
+    return len(blocks)

@@ -126,7 +126,8 @@ class Stepper:
             self.idle = self._freeze_idle(split(probe, settings.parts)[0].to(self.device))
             names = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.13
             unsynced = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-            self._summed = DistributedDataParallel(self._summed, **{unsynced: False})
+            keywords: dict[str, Any] = {unsynced: False}
+            self._summed = DistributedDataParallel(self._summed, **keywords)
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """Gradients of the mean over the global batch, from this rank's ``batch``; returns the losses, detached."""

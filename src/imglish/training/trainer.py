@@ -36,7 +36,8 @@ from imglish.training.optim import (
     set_learning_rate,
 )
 from imglish.training.ranks import Agreement, pick_device, process_group
-from imglish.training.setup import Materials, gather_materials, new_model, pair_dataset
+from imglish.training.settings import SettingsError
+from imglish.training.setup import Materials, compile_towers, gather_materials, new_model, pair_dataset
 from imglish.training.signals import Interrupted, StopSignal
 from imglish.training.step import Stepper, StepSettings
 from imglish.training.validation import validate
@@ -132,6 +133,8 @@ class Run:
         self.teacher = make_teacher()
         self.clamp: Callable[[], None] = getattr(self.model, "clamp_", lambda: None)  # temperatures, after each step
         self.average = None if recipe.average is None else WeightAverage(self.model, recipe.average)
+        if recipe.compute.compile and not sum(map(compile_towers, self._networks())):
+            raise SettingsError("compute.compile", "this model has no vision Transformer to compile; set it to false")
         self.position = Position()
         settings = StepSettings(recipe.batch.accumulate, recipe.seed, recipe.compute.precision == "bf16")
         probe = next(self._batches(workers=0))[0] if world_size() > 1 else None
@@ -353,6 +356,11 @@ class Run:
             world_size=world_size(),
             workers=workers,
         )
+
+    def _networks(self) -> list[nn.Module]:
+        """The model and its copies."""
+        copies = (self.teacher, self.average)
+        return [self.model, *(copy.model for copy in copies if copy is not None)]
 
     def _evaluated(self) -> nn.Module:
         return self.model if self.average is None else self.average.model
