@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ranks import run_ranks
 from torch import Tensor
 
 from imglish.objectives.gather import gather, gather_with_grad, global_mean, rank, world_size
 from imglish.objectives.itc import hinge_loss, itc_loss, siglip_loss
+from tests.ranks import run_ranks
 
 
 def features(rows: int, width: int = 6, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -31,29 +31,46 @@ def test_itc_by_hand() -> None:
     assert float(itc_loss(image, text, torch.tensor(2.0))) == pytest.approx((rows + columns) / 4, abs=1e-6)
 
 
-def test_itc_with_several_positives_is_soft_cross_entropy() -> None:
+def test_distinct_ids_change_nothing() -> None:
     image, text = features(7)
-    target = (IDS[:, None] == IDS[None, :]).double()
+    torch.testing.assert_close(itc_loss(image, text, SCALE(), torch.arange(7) + 3), itc_loss(image, text, SCALE()))
+    assert not torch.allclose(itc_loss(image, text, SCALE(), IDS), itc_loss(image, text, SCALE()))
+
+
+def dense(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None) -> Tensor:
+    """The loss as one writes it down: the whole matrix, soft targets, autograd."""
+    names = torch.arange(image.shape[0]) if ids is None else ids
+    target = (names[:, None] == names[None, :]).double()
     target /= target.sum(1, keepdim=True)
-    logits = image @ text.T * 5
-    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    assert itc_loss(image, text, SCALE(), IDS).item() == pytest.approx(expected.item(), abs=1e-12)
-    distinct = torch.arange(7)
-    torch.testing.assert_close(itc_loss(image, text, SCALE(), distinct), itc_loss(image, text, SCALE()))
+    logits = image @ text.T * scale
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 @pytest.mark.parametrize("ids", [None, IDS])
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_chunked_itc_equals_dense(ids: Tensor | None, chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [None, 1, 3, 7, 100])
+def test_value_and_gradient_equal_the_dense_form(ids: Tensor | None, chunk: int | None) -> None:
     results = []
-    for how in (None, chunk):
+    for form in (dense, partial(itc_loss, chunk=chunk)):
         image, text = features(7)
         scale = SCALE()
-        loss = 3 * itc_loss(image, text, scale, ids, chunk=how)  # the factor tests the upstream gradient
+        loss = 3 * form(image, text, scale, ids)  # the factor tests the upstream gradient
         loss.backward()
         results.append((loss, image.grad, text.grad, scale.grad))
-    for dense, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, dense, rtol=1e-10, atol=1e-12)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_gradient_vanishes_with_the_loss(chunk: int | None) -> None:
+    """float32, scale 100, pairs that are told apart: no rounding noise may be left for Adam to magnify."""
+    base = features(64, 32, torch.float32)[0].detach()
+    near = (F.normalize(base + 0.02 * x.detach().float(), dim=1) for x in features(64, 32))
+    image, text = (x.requires_grad_() for x in near)
+    scale = torch.tensor(100.0, requires_grad=True)
+    loss = itc_loss(image, text, scale, torch.arange(64), chunk)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert max(float(x.grad.abs().max()) for x in (image, text, scale)) < 1e-12
 
 
 @pytest.mark.parametrize("ids", [None, IDS])
@@ -62,8 +79,8 @@ def test_gradcheck(ids: Tensor | None) -> None:
     assert torch.autograd.gradcheck(lambda i, t, s: itc_loss(i, t, s, ids, chunk=3), (image, text, SCALE()))
 
 
-def test_chunked_itc_keeps_no_square_matrix() -> None:
-    """What autograd keeps between forward and backward is linear in the batch."""
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_no_square_matrix_is_kept_for_the_backward_pass(chunk: int | None) -> None:
     kept: list[int] = []
 
     def note(x: Tensor) -> Tensor:
@@ -72,7 +89,7 @@ def test_chunked_itc_keeps_no_square_matrix() -> None:
 
     image, text = features(256, dtype=torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        itc_loss(image, text, torch.tensor(5.0, requires_grad=True), chunk=16)
+        itc_loss(image, text, torch.tensor(5.0, requires_grad=True), chunk=chunk)
     assert max(kept) <= 256 * 6
 
 
@@ -90,9 +107,9 @@ def test_siglip_by_hand() -> None:
     image, text = features(2, dtype=torch.float32)
     s = 3 * (image @ text.T) - 1
     pairs = [s[0, 0], s[1, 1], -s[0, 1], -s[1, 0]]
-    expected = sum(math.log1p(math.exp(-float(x))) for x in pairs) / 2
+    expected = sum(math.log1p(math.exp(-x.item())) for x in pairs) / 2
     loss = siglip_loss(image, text, torch.tensor(3.0), torch.tensor(-1.0))
-    assert float(loss) == pytest.approx(expected, abs=1e-5)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(
         siglip_loss(image, text, torch.tensor(3.0)), siglip_loss(image, text, torch.tensor(3.0), torch.tensor(0.0))
     )

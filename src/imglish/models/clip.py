@@ -85,7 +85,7 @@ class ClipConfig:
     with ``norm_after=False`` gets its last LayerNorm behind the pooling. image_projection: False leaves the pooled
     vector as it is. loss: "itc" (InfoNCE), "siglip" (sigmoid) or "hinge" (VSE++, with ``margin``). temperature:
     initial, learned; logit_bias: initial bias on the logits, learned, or None. chunk: rows of the similarity matrix
-    computed at a time (None: all), for batches whose square does not fit into memory.
+    computed at a time (None: all), so that memory does not grow with the square of the batch.
     """
 
     vision: VitConfig | ResNetConfig = field(default_factory=lambda: clip_vit(224, 32, 768, 12, 12))
@@ -99,7 +99,7 @@ class ClipConfig:
     temperature: float = 0.07
     logit_bias: float | None = None
     margin: float = 0.2
-    chunk: int | None = None
+    chunk: int | None = 512
 
     family: ClassVar[str] = "clip"
 

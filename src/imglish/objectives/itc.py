@@ -25,25 +25,19 @@ def itc_loss(
 
     image, text: ``(B, E)`` L2-normalised, row b of one belonging to row b of the other; logit_scale: 0-D factor
     (1 / temperature, not its logarithm). ids: int64 ``(B,)``: rows of equal ids are positives of each other, their
-    targets uniform (SupCon-like; ALBEF's fine-tuning); None: row b alone. chunk: compute ``chunk`` rows of the
-    similarity matrix at a time and again in the backward pass: memory O(chunk * N) in place of O(B * N), value and
-    gradient unchanged.
+    targets uniform (as in ALBEF's fine-tuning); None: row b alone. chunk: compute that many rows of the similarity
+    matrix at a time, memory O(chunk * N) in place of O(B * N); value and gradient are the same. No similarity is kept
+    for the backward pass in any case.
     """
     _check_chunk(chunk)
     with _full_precision(image):
         image, text = _as_float(image), _as_float(text)
-        wanted, known = _row_and_column_ids(image, ids)
-        column_ids = None if ids is None else known
+        row_ids, column_ids = _row_and_column_ids(image, ids)
+        chunk = image.shape[0] if chunk is None else chunk
         if world_size() == 1:  # one matrix serves both directions
-            if chunk is not None:
-                return _chunked_nce(image, text, logit_scale, wanted, column_ids, chunk, True) / 2
-            logits = image @ text.T * logit_scale
-            return (_nce(logits, wanted, column_ids) + _nce(logits.T, wanted, column_ids)) / 2
+            return _nce(image, text, logit_scale, row_ids, column_ids, chunk, True) / 2
         directions = ((image, gather_with_grad(text)), (text, gather_with_grad(image)))
-        if chunk is None:
-            each = [_nce(rows @ columns.T * logit_scale, wanted, column_ids) for rows, columns in directions]
-        else:
-            each = [_chunked_nce(r, c, logit_scale, wanted, column_ids, chunk, False) for r, c in directions]
+        each = [_nce(rows, columns, logit_scale, row_ids, column_ids, chunk, False) for rows, columns in directions]
         return (each[0] + each[1]) / 2
 
 
@@ -127,26 +121,13 @@ def _row_and_column_ids(x: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     return everyone[rank() * count :][:count], everyone
 
 
-def _targets(row_ids: Tensor, column_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uniform over the columns of equal id, ``(rows, N)``; rows sum to one."""
-    same = (row_ids[:, None] == column_ids[None, :]).to(dtype)
-    return same / same.sum(dim=1, keepdim=True)
-
-
-def _nce(logits: Tensor, wanted: Tensor, column_ids: Tensor | None) -> Tensor:
-    """Mean cross-entropy of ``logits (B, N)``; ``wanted (B,)`` are ids of columns, or column numbers without ids."""
-    if column_ids is None:
-        return F.cross_entropy(logits, wanted)
-    positives = (logits * _targets(wanted, column_ids, logits.dtype)).sum(dim=1)
-    return (torch.logsumexp(logits, dim=1) - positives).mean()
-
-
-class _ChunkedNce(torch.autograd.Function):
+class _Nce(torch.autograd.Function):
     """InfoNCE of rows against columns, and with ``both`` of columns against rows too, ``chunk`` rows at a time.
 
     Forward keeps the log-sum-exp of each row (and of each column, accumulated over the chunks: the online form of
-    Milakov & Gimelshein 2018); backward computes the similarities again and turns them into softmax - target.
-    ``both`` needs the same ids on both sides, as on one process: then the targets are symmetric.
+    Milakov & Gimelshein 2018); backward computes the similarities again, by the same operations, and turns them into
+    softmax - target: exactly zero where the pairs are told apart. ``both`` needs the same ids on both sides, as on one
+    process: then the targets are symmetric.
     """
 
     @staticmethod
@@ -155,54 +136,51 @@ class _ChunkedNce(torch.autograd.Function):
         rows: Tensor,
         columns: Tensor,
         scale: Tensor,
-        wanted: Tensor,
-        column_ids: Tensor | None,
+        row_ids: Tensor,
+        column_ids: Tensor,
         chunk: int,
         both: bool,
     ) -> Tensor:
-        positives = rows.new_zeros(())
-        row_lse = rows.new_empty(rows.shape[0])
+        ordered = column_ids.sort().values  # how many positives a row has, without a matrix
+        counts = torch.searchsorted(ordered, row_ids, right=True) - torch.searchsorted(ordered, row_ids)
+        row_lse, positive = rows.new_empty(2, rows.shape[0])
         column_lse = rows.new_full((columns.shape[0],), -math.inf) if both else None
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = (rows[part] * scale) @ columns.T
+            logits = (rows[part] @ columns.T).mul_(scale)
             row_lse[part] = torch.logsumexp(logits, dim=1)
             if column_lse is not None:
                 torch.logaddexp(column_lse, torch.logsumexp(logits, dim=0), out=column_lse)
-            if column_ids is None:
-                positives += logits.gather(1, wanted[part, None]).sum()
-            else:
-                positives += logits.mul_(_targets(wanted[part], column_ids, logits.dtype)).sum()
-        total = row_lse.sum() - positives
+            known = row_ids[part, None] == column_ids
+            positive[part] = logits.mul_(known).sum(dim=1) / counts[part]
+        each = row_lse - positive
         if column_lse is not None:
-            total = total + column_lse.sum() - positives
-        ctx.save_for_backward(rows, columns, scale, wanted, column_ids, row_lse, column_lse)
+            each += column_lse - positive
+        ctx.save_for_backward(rows, columns, scale, row_ids, column_ids, counts, row_lse, column_lse)
         ctx.chunk = chunk
-        return total / rows.shape[0]
+        return each.mean()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, scale, wanted, column_ids, row_lse, column_lse = ctx.saved_tensors
-        directions = 1 if column_lse is None else 2
+        rows, columns, scale, row_ids, column_ids, counts, row_lse, column_lse = ctx.saved_tensors
+        target = (1.0 if column_lse is None else 2.0) / counts.to(rows.dtype)
         grad_rows, grad_columns = torch.empty_like(rows), torch.zeros_like(columns)
-        grad_scale = torch.zeros_like(scale)
+        grad_scale = rows.new_zeros(())
         for start in range(0, rows.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             similarity = rows[part] @ columns.T
-            grad = torch.exp(similarity * scale - row_lse[part, None])
+            logits = similarity * scale
+            grad = torch.exp(logits - row_lse[part, None])
             if column_lse is not None:
-                grad += torch.exp(similarity * scale - column_lse[None, :])
-            if column_ids is None:
-                grad.scatter_add_(1, wanted[part, None], grad.new_full((grad.shape[0], 1), -directions))
-            else:
-                grad.sub_(_targets(wanted[part], column_ids, grad.dtype), alpha=directions)
-            grad_scale += torch.dot(grad.flatten(), similarity.flatten())
+                grad += logits.sub_(column_lse).exp_()
+            grad -= (row_ids[part, None] == column_ids) * target[part, None]
             torch.mm(grad, columns, out=grad_rows[part])
             grad_columns.addmm_(grad.T, rows[part])
+            grad_scale += similarity.mul_(grad).sum()
         factor = upstream / rows.shape[0]
-        grads = (grad_rows.mul_(scale * factor), grad_columns.mul_(scale * factor), grad_scale.mul_(factor))
+        grads = (grad_rows.mul_(scale * factor), grad_columns.mul_(scale * factor), grad_scale * factor)
         return *grads, None, None, None, None
 
 
-_chunked_nce: Callable[..., Tensor] = _ChunkedNce.apply
+_nce: Callable[..., Tensor] = _Nce.apply
