@@ -11,10 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from imglish.data.batch import TextBatch
 from imglish.data.records import Record
 from imglish.evaluation.encoding import Machine
 from imglish.evaluation.metrics import recalls
 from imglish.evaluation.retrieval import RetrievalConfig, RetrievalResult, evaluate_retrieval
+from imglish.models.registry import named
 from tests.evaluation.fakes import Fusion, Towers, Words, a_set
 
 
@@ -37,8 +39,6 @@ def _run(model: Towers, config: RetrievalConfig, **of_set: int) -> RetrievalResu
 
 def _dense(model: Fusion, records: list[Record], pixels: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Tower scores and ITM logits of every pair ``(I, T)``, and the owner of each caption, by one call each."""
-    from imglish.data.batch import TextBatch
-
     captions = [c for r in records for c in r.captions]
     owner = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
     with torch.no_grad():
@@ -196,3 +196,30 @@ def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
     for number in range(2):
         found = json.loads((tmp_path / f"{number}.json").read_text())
         assert {**found, "seconds": None} == {**alone, "seconds": None}
+
+
+def test_a_real_albef_is_reranked_as_pair_by_pair() -> None:
+    torch.manual_seed(0)
+    model = named("albef-tiny").build().eval()
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (6, 3, 48, 48), generator=generator, dtype=torch.uint8)
+    texts = [" ".join(f"w{1 + (3 * i + j) % 40}" for j in range(2 + i % 5)) for i in range(12)]
+    records = [Record(f"p{i}", b"", (texts[2 * i], texts[2 * i + 1]), i) for i in range(6)]
+    config = _config(0, all_pairs=True, score_rule="itm_probability", machine=_machine(image_block=4, pair_block=7))
+    result = evaluate_retrieval(model, Words(), records, config, lambda record: pixels[record.image_id])
+
+    scores = torch.zeros(6, 12)
+    with torch.no_grad():
+        for i in range(6):
+            memory = model.project_images(model.encode_images(pixels[i : i + 1]).tokens)
+            for t in range(12):
+                text = model.encode_texts(TextBatch.of(Words().encode([texts[t]])))
+                logits = model.match(memory, text, [0], [0])[0]
+                scores[i, t] = logits[1] - logits[0]
+    owner = torch.arange(12) // 2
+    assert result.reranked_lists is not None
+    assert torch.equal(result.reranked_lists.found[:, 0], scores.argmax(0))
+    best = scores.max(0).values
+    assert torch.allclose(result.reranked_lists.score[:, 0], best, atol=1e-5)
+    with pytest.warns(UserWarning, match="always 100"):
+        assert result.reranked == pytest.approx(recalls(scores, owner))

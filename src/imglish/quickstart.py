@@ -1,0 +1,237 @@
+"""The quickstart: train a small ALBEF on drawn scenes, ask it who wears what, and write one report.
+
+The question is what the fusion tower adds to the towers. So three things are measured on the same pictures: the towers
+of ALBEF, its fusion tower, and a rival: the same towers with the same data, pairs and known wrong captions, trained by
+contrast alone (the wrong captions are negatives of its contrast, as they are negatives of ALBEF's matching).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imglish.api import Model
+from imglish.checkpoints import native
+from imglish.data.images import ImageTransform
+from imglish.data.loader import training_batches
+from imglish.data.records import Record
+from imglish.data.scenes import SceneBenchmark, SceneConfig, SceneSource, Split
+from imglish.evaluation.binding import BindingResult, Quadruple, evaluate_binding
+from imglish.evaluation.encoding import Machine, picture_loader
+from imglish.evaluation.retrieval import RetrievalConfig, RetrievalResult, evaluate_retrieval
+from imglish.quickstart_report import write
+from imglish.training.checkpoint import ResumeError
+from imglish.training.config import Recipe, recipe_from
+from imglish.training.setup import gather_materials, new_model, pair_dataset
+from imglish.training.step import Stepper, StepSettings
+from imglish.training.trainer import Result, train
+
+SPLITS: tuple[Split, ...] = ("seen", "heldout")
+RERANK = 32
+MAIN, RIVAL = "main", "rival"
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """steps: of each training; minutes: in place of steps, as many as fit into this time for both trainings on this
+    machine; batch: pairs a step; model: settings of the configuration ``albef-tiny``; threads: of torch."""
+
+    out: Path = Path("quickstart-out")
+    seed: int = 0
+    steps: int = 900
+    minutes: float | None = None
+    batch: int = 64
+    lr: float = 1.5e-3
+    threads: int | None = None
+    scenes: SceneConfig = field(default_factory=lambda: SceneConfig(omission=0.5, small_objects=0.3, pairs=120))
+    model: dict[str, Any] = field(
+        default_factory=lambda: {"embed_dim": 8, "vision": {"patch": 12}, "teacher": {"queue_size": 1024}}
+    )
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 10:
+            raise ValueError(f"steps is {self.steps}: fewer than 10 train nothing")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes is {self.minutes}: it has to be above 0")
+
+    @staticmethod
+    def tiny(out: Path, seed: int = 0) -> QuickstartConfig:
+        """Seconds, for tests of the machinery: it learns next to nothing."""
+        scenes = SceneConfig(scenes=200, pairs=4, omission=0.5, small_objects=0.3)
+        model = {"embed_dim": 8, "vision": {"patch": 12}, "teacher": {"queue_size": 64}}
+        return QuickstartConfig(out, seed, steps=12, batch=16, scenes=scenes, model=model, progress=False)
+
+    def recipe(self, name: str, steps: int) -> Recipe:
+        """Of the training ``name``: ``main``, ALBEF with all its objectives, or ``rival``, its towers by contrast."""
+        model: dict[str, Any] = {"name": "albef-tiny", **self.model}
+        if name == RIVAL:
+            model |= {"itm": False, "mlm": False, "itc_swapped": True}
+        return recipe_from(
+            {
+                "model": model,
+                "output": str(self.out / name),
+                "seed": self.seed,
+                "data": {"crop": None, "flip": False, "cache": True, "workers": 1, "swapped": True},
+                "tokenizer": {"vocab_size": 400},
+                "batch": {"size": self.batch},
+                "optimiser": {"lr": self.lr, "weight_decay": 0.02},
+                "schedule": {"steps": steps, "warmup_steps": min(50, steps // 4)},
+                "compute": {"device": "cpu", "threads": self.threads},
+                "checkpoint": {"every_minutes": 1.0, "every_steps": None, "keep": 1},
+                "log": {"every": max(1, steps // 100)},
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model came to on one split: quadruples by towers and by fusion, retrieval among all pictures."""
+
+    binding: BindingResult
+    retrieval: RetrievalResult
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A query and what each ranking put first: numbers of pictures, best first, and which of them fit."""
+
+    text: str
+    language: str
+    split: Split
+    relevant: frozenset[int]
+    found: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that the report shows. measured: by training and split; searched: all queries; seconds: by part."""
+
+    config: QuickstartConfig
+    benchmarks: dict[Split, SceneBenchmark]
+    runs: dict[str, Result]
+    measured: dict[tuple[str, Split], Measured]
+    searched: list[Searched]
+    seconds: dict[str, float]
+    parameters: int
+    report: Path
+
+
+def run(config: QuickstartConfig) -> Outcome:
+    """Draw, train twice, measure, write ``report.html`` and ``measured.json`` to ``config.out``.
+
+    A quickstart that was stopped continues where it was; a finished one starts anew.
+    """
+    began = time.perf_counter()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    source = SceneSource(config.scenes)
+    records = source.training()
+    benchmarks = {split: source.evaluation(split) for split in SPLITS}
+    steps = config.steps if config.minutes is None else affordable_steps(config, records)
+    seconds = {"drawing": time.perf_counter() - began}
+
+    runs: dict[str, Result] = {}
+    for name in (MAIN, RIVAL):
+        started = time.perf_counter()
+        runs[name] = _train(config.recipe(name, steps), records)
+        if runs[name].model is None:
+            raise Stopped(f"stopped by {runs[name].stopped}; the same command continues")
+        seconds[f"training {name}"] = time.perf_counter() - started
+
+    started = time.perf_counter()
+    models = {name: Model(native.load(config.out / name / "model"), "cpu") for name in runs}
+    measured = {
+        (name, split): _measure(model, benchmark, config.progress)
+        for name, model in models.items()
+        for split, benchmark in benchmarks.items()
+    }
+    searched = [found for split in SPLITS for found in _search(models, benchmarks[split], split)]
+    seconds["measuring"] = time.perf_counter() - started
+
+    parameters = sum(p.numel() for p in models[MAIN].network.parameters())
+    outcome = Outcome(config, benchmarks, runs, measured, searched, seconds, parameters, config.out / "report.html")
+    write(outcome)
+    return outcome
+
+
+class Stopped(RuntimeError):  # noqa: N818 (it is no error)
+    """The quickstart was interrupted by a signal and can be continued."""
+
+
+def _train(recipe: Recipe, records: Sequence[Record]) -> Result:
+    """A training from the start; or its continuation, if it was stopped midway with the same settings."""
+    folder = Path(recipe.output)
+    if (folder / "model").exists():
+        _remove(folder)
+    try:
+        return train(recipe, records, [])
+    except ResumeError:
+        _remove(folder)
+        return train(recipe, records, [])
+
+
+def _remove(folder: Path) -> None:
+    """Delete the folder of an earlier training; nothing that does not look like one."""
+    if not (folder / "log.jsonl").is_file():
+        raise FileExistsError(f"{folder} exists and is no training of the quickstart: choose another --out")
+    shutil.rmtree(folder)
+
+
+def affordable_steps(config: QuickstartConfig, records: Sequence[Record], probe: int = 8) -> int:
+    """How many steps of both trainings fit into ``config.minutes``: a few steps of each are timed here."""
+    assert config.minutes is not None
+    each = 0.0
+    for name in (MAIN, RIVAL):
+        recipe = config.recipe(name, 1000)
+        materials = gather_materials(recipe, records[: 4 * config.batch], [], None)
+        model = new_model(materials, recipe.seed)
+        make_teacher: Any = model.make_teacher
+        stepper = Stepper(model, make_teacher(), StepSettings(1, recipe.seed, False))
+        batches = training_batches(pair_dataset(recipe, materials), config.batch)
+        first = [next(batches)[0] for _ in range(2)]
+        stepper(first[0], 0)
+        began = time.perf_counter()
+        for step in range(probe):
+            stepper(first[step % 2], step)
+        each += (time.perf_counter() - began) / probe
+    return max(10, int(60 * config.minutes / (1.1 * each)))  # a tenth for the optimiser and the data
+
+
+def _measure(model: Model, benchmark: SceneBenchmark, progress: bool) -> Measured:
+    machine = Machine(image_block=128, pair_block=1024, progress=progress)
+    load = picture_loader(ImageTransform(model.config.image.size))
+    quadruples = [Quadruple(q.pictures, q.captions) for q in benchmark.quadruples]
+    binding = evaluate_binding(model.network, model.tokenizer, quadruples, load, machine)
+    rerank = RERANK if model.config.itm else 0
+    retrieval = evaluate_retrieval(
+        model.network, model.tokenizer, benchmark.records, RetrievalConfig(rerank=rerank, machine=machine), load
+    )
+    return Measured(binding, retrieval)
+
+
+def _search(models: dict[str, Model], benchmark: SceneBenchmark, split: Split) -> list[Searched]:
+    """All queries of a split by the towers, by the towers with the fusion's reranking, and by the rival's towers."""
+    pictures = [record.image() for record in benchmark.records if callable(record.image)]
+    galleries = {name: model.gallery(pictures, keep_tokens=name == MAIN) for name, model in models.items()}
+    rankings = {"towers": (MAIN, 0), "reranked": (MAIN, RERANK), "rival": (RIVAL, 0)}
+    return [
+        Searched(
+            text,
+            language,
+            split,
+            frozenset(query.relevant),
+            {
+                label: [found.index for found in models[name].rank(text, galleries[name], RERANK, rerank)]
+                for label, (name, rerank) in rankings.items()
+            },
+        )
+        for query in benchmark.queries
+        for language, text in query.texts.items()
+    ]
