@@ -142,3 +142,11 @@ def test_wrong_data_and_tokenizers_are_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"data: swapped captions are wanted"):
         train(recipe(tmp_path, "albef", data={"swapped": True}), records())
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_recipes_of_the_project_can_run(path: Path) -> None:
+    made = read_recipe(path)
+    config, _ = base_config(made)
+    queue = config.teacher.queue_size if config.family == "albef" else 0
+    assert plan(made, pairs=6000, queue_size=queue).steps > made.schedule.warmup_steps

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,3 +93,26 @@ def test_what_cannot_be_compiled_is_said(tmp_path: Path) -> None:
     settings.model.update(model)
     with pytest.raises(SettingsError, match=r"compute\.compile: this model has no vision Transformer"):
         train(settings, records())
+
+
+def test_tensorboard_gets_the_numbers_or_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SettingsError, match=r"log\.tensorboard: TensorBoard is not installed: pip install"):
+        train(recipe(tmp_path, "clip", log={"tensorboard": True}), records())
+    written: dict[tuple[str, int], float] = {}
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written[name, step] = value
+
+        def close(self) -> None:
+            written["closed", 0] = 1.0
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    result = train(recipe(tmp_path, "clip", log={"tensorboard": True}), records())
+    steps = [event for event in result.events if event["event"] == "step"]
+    assert all(written["step/losses/itc", event["step"]] == event["losses"]["itc"] for event in steps)
+    assert ("closed", 0) in written

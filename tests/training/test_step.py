@@ -11,6 +11,7 @@ import torch
 
 from imglish.data.batch import Batch
 from imglish.data.loader import training_batches
+from imglish.models.capabilities import MissingCapabilityError
 from imglish.training.config import Recipe
 from imglish.training.setup import gather_materials, new_model, pair_dataset
 from imglish.training.step import Stepper, StepSettings, split
@@ -178,3 +179,8 @@ def test_two_processes_train_like_one(
             assert other["losses"] == pytest.approx(event["losses"], rel=1e-4)
         if event["event"] == "validation":
             assert other["towers"] == event["towers"]
+
+
+def test_what_cannot_be_trained_is_said() -> None:
+    with pytest.raises(MissingCapabilityError, match=r"training needs a model .* Families that do: albef, clip"):
+        Stepper(torch.nn.Linear(2, 2), None, StepSettings(1, 0, autocast=False))

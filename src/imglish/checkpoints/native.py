@@ -27,7 +27,7 @@ from imglish.models.capabilities import Matches
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "imglish.json", "tokenizer.json"
-SCORE_RULES = ("itc", "itm", "itm+itc")
+SCORE_RULES = ("itc", "itm", "itm_probability", "itm+itc")
 
 
 class CheckpointError(ValueError):
@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """model: in eval mode, on the CPU; score_rule: how retrieval scores pairs ("itc", "itm" or "itm+itc")."""
+    """model: in eval mode, on the CPU; score_rule: how retrieval scores pairs, one of SCORE_RULES."""
 
     model: nn.Module
     tokenizer: Tokenizer

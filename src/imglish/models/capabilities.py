@@ -104,8 +104,6 @@ class Matches(Protocol):
 class Trainable(Protocol):
     """A model whose training step is one call; the total loss is the sum of the entries not named ``metric/...``."""
 
-    family: str
-
     def embed(self, batch: Batch, teacher: Any = None) -> Embedded: ...
 
     def contrast(self, embedded: Embedded, teacher: Any = None) -> dict[str, Tensor]: ...

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from imglish.data.batch import Batch, MaskedTexts, TextBatch
-from imglish.models.capabilities import Embedded, Trainable
+from imglish.models.capabilities import Embedded, Trainable, require
 from imglish.nn.segments import Segments
 from imglish.objectives.gather import rank, world_size
 
@@ -115,9 +115,8 @@ class Stepper:
     def __init__(self, model: nn.Module, teacher: Any, settings: StepSettings, probe: Batch | None = None) -> None:
         self.model, self.teacher, self.settings = model, teacher, settings
         self.device = next(model.parameters()).device
-        if not isinstance(model, Trainable):
-            raise TypeError(f"{type(model).__name__} cannot be trained: it has no losses")
-        self._trainable: Trainable = model
+        require(model, Trainable, "training")
+        self._trainable: Any = model
         self._summed: nn.Module = _Summed(model)
         self.idle: list[str] = []
         if world_size() > 1:
