@@ -11,8 +11,6 @@ from imglish import quickstart, quickstart_report
 from imglish.cli import main
 from imglish.quickstart import Outcome, QuickstartConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*always 100")
-
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:

@@ -223,3 +223,4 @@ def test_a_real_albef_is_reranked_as_pair_by_pair() -> None:
     assert torch.allclose(result.reranked_lists.score[:, 0], best, atol=1e-5)
     with pytest.warns(UserWarning, match="always 100"):
         assert result.reranked == pytest.approx(recalls(scores, owner))
+    assert any("R@10 over 6 candidates" in note for note in result.notes)

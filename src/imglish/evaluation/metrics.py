@@ -84,19 +84,18 @@ def _rank_rows(rows: Tensor, right: Tensor, wrong: Tensor, ties: Ties) -> tuple[
     return above.masked_fill(none, -1), tie & ~none
 
 
-def recall_table(rank: Tensor, tied: Tensor, ks: Sequence[int], candidates: int, prefix: str) -> dict[str, float]:
-    """Percent of queries within each k, their mean, and the tie rate; queries of rank -1 are left out.
+def beyond(ks: Sequence[int], candidates: int) -> str:
+    """A remark on the k that exceed the number of candidates, so that every query is a hit; empty without any."""
+    names = ", ".join(f"R@{k}" for k in ks if k > candidates)
+    return f"{names} over {candidates} candidates is R@{candidates}, always 100 %" if names else ""
 
-    A k above the number of candidates always counts as a hit: it is said by a warning, once.
-    """
+
+def recall_table(rank: Tensor, tied: Tensor, ks: Sequence[int], prefix: str) -> dict[str, float]:
+    """Percent of queries within each k, their mean, and the tie rate; queries of rank -1 are left out."""
     asked = rank >= 0
     count = int(asked.sum())
     if not count:
         raise ScoreError(f"{prefix}: no query has a right candidate")
-    too_far = [k for k in ks if k > candidates]
-    if too_far:
-        names = ", ".join(f"R@{k}" for k in too_far)
-        warnings.warn(f"{prefix}: {names} over {candidates} candidates is k={candidates}: always 100 %", stacklevel=3)
     table = {f"{prefix}_r{k}": 100.0 * int((asked & (rank < k)).sum()) / count for k in ks}
     table[f"{prefix}_mean"] = sum(table.values()) / len(ks)
     table[f"{prefix}_ties"] = 100.0 * int(tied.sum()) / count
@@ -119,7 +118,8 @@ def recalls(
     captions a picture. ``scores_t2i`` ``(T, I)``: other scores for the text queries (a reranked list need not be the
     same both ways); left out, ``scores`` is used. With functions in place of matrices both are needed, and ``images``.
 
-    Keys: ``i2t_r1 .. i2t_mean i2t_ties``, the same for ``t2i``, and ``r_mean``, the mean of both means.
+    Keys: ``i2t_r1 .. i2t_mean i2t_ties``, the same for ``t2i``, and ``r_mean``, the mean of both means. A k above the
+    number of candidates is clamped to it, with a warning.
     """
     if isinstance(scores, Tensor):
         images = scores.shape[0]
@@ -135,6 +135,8 @@ def recalls(
     to_image, tied_image = ranks(scores_t2i, owner, pictures, ties=ties, chunk=chunk)
     if (to_text < 0).any():
         raise ScoreError(f"picture {int((to_text < 0).nonzero()[0])} has no caption")
+    if remark := beyond(ks, min(images, len(owner))):
+        warnings.warn(remark, stacklevel=2)
     return both_ways(to_text, tied_text, to_image, tied_image, ks)
 
 
@@ -142,8 +144,8 @@ def both_ways(
     to_text: Tensor, tied_text: Tensor, to_image: Tensor, tied_image: Tensor, ks: Sequence[int]
 ) -> dict[str, float]:
     """The dictionary of :func:`recalls` from the ranks of both directions."""
-    table = recall_table(to_text, tied_text, ks, len(to_image), "i2t")
-    table |= recall_table(to_image, tied_image, ks, len(to_text), "t2i")
+    table = recall_table(to_text, tied_text, ks, "i2t")
+    table |= recall_table(to_image, tied_image, ks, "t2i")
     table["r_mean"] = (table["i2t_mean"] + table["t2i_mean"]) / 2
     return table
 
@@ -159,7 +161,7 @@ def recalls_within(
     if len(labels) == len(labels.unique()):
         return None
     rank, tied = ranks(lambda a, b: features[a:b] @ features.T, labels, labels, ties=ties, not_itself=True)
-    table = recall_table(rank, tied, ks, len(labels) - 1, prefix)
+    table = recall_table(rank, tied, ks, prefix)
     table[f"{prefix}_queries"] = float((rank >= 0).sum())
     return table
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from imglish.data.images import ImageTransform
 from imglish.data.records import Record
 from imglish.evaluation.encoding import Encodes, Machine, encode_captions, encode_pictures, picture_loader
-from imglish.evaluation.metrics import TIES, Ties, both_ways, ranks, recalls_within
+from imglish.evaluation.metrics import TIES, Ties, beyond, both_ways, ranks, recalls_within
 from imglish.evaluation.rerank import (
     SCORE_RULES,
     PairList,
@@ -226,7 +226,7 @@ def evaluate_retrieval(
     if not records:
         raise ValueError("there are no records to evaluate on")
     pictures, captions, owner = merge_pictures(records)
-    notes: list[str] = []
+    notes = [remark] if (remark := beyond(config.ks, min(len(pictures), len(captions)))) else []
     k = _how_many(config, len(pictures), len(captions), isinstance(model, Matches), notes)
     training = model.training
     model.eval()
