@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 H200_BF16_PEAK = 989e12
 """FLOP a second, dense; the usual denominator of MFU on H100 and H200."""
@@ -60,9 +61,8 @@ def _timed(run: Callable[[], object], device: str) -> float:
 
 
 def _peak(run: Callable[[], object], device: str) -> int:
-    """Bytes that one run needs on top of what is there: of the allocator on CUDA, of the process on a CPU."""
+    """Bytes of tensors that one run holds at once on top of what is there."""
     run()
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -70,15 +70,12 @@ def _peak(run: Callable[[], object], device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counter starts again here
-    run()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(entry: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry + ":"))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    assert profiled.profiler is not None
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
 
 
 def machine(device: str) -> str:
