@@ -17,6 +17,7 @@ from imglish.training.optim import (
     load_optimiser_state,
     optimiser_state,
     parameter_groups,
+    set_learning_rate,
 )
 
 
@@ -28,14 +29,15 @@ def names_of(model: torch.nn.Module, group: dict[str, object]) -> set[str]:
 @pytest.mark.parametrize("name", ["albef-tiny", "clip-tiny"])
 def test_biases_norms_and_scalars_do_not_decay(name: str) -> None:
     model = named(name).build()
-    decayed, plain = parameter_groups(model, OptimiserRecipe(weight_decay=0.1))
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    with_decay, without = names_of(model, decayed), names_of(model, plain)
-    assert with_decay | without == {n for n, _ in model.named_parameters()}
+    groups = parameter_groups(model, OptimiserRecipe(weight_decay=0.1))
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+    with_decay, without, temperatures = (names_of(model, group) for group in groups)
+    assert temperatures == ({"temperature"} if name == "albef-tiny" else {"logit_scale"})
+    assert with_decay | without | temperatures == {n for n, _ in model.named_parameters()}
     assert not with_decay & without
     assert all(
         n.endswith(("bias", "norm.weight", "norm1.weight", "norm2.weight")) or "norm" in n
-        for n in without - {"temperature", "logit_scale", "vision.class_token"}
+        for n in without - {"vision.class_token"}
     )
     assert all("bias" not in n and "norm" not in n for n in with_decay)
     assert any("words" in n for n in with_decay)
@@ -43,6 +45,16 @@ def test_biases_norms_and_scalars_do_not_decay(name: str) -> None:
     tables = names_of(model, kept) - without
     assert tables
     assert all("words" in n or "position" in n or "types" in n for n in tables)
+
+
+def test_temperatures_have_a_rate_of_their_own() -> None:
+    model = named("albef-tiny").build()
+    optimiser = build_optimiser(model, OptimiserRecipe(lr=1e-3, temperature_lr=1e-4))
+    set_learning_rate(optimiser, 5e-4)  # half of the peak: half of each group's own rate
+    assert [group["lr"] for group in optimiser.param_groups] == pytest.approx([5e-4, 5e-4, 5e-5])
+    together = build_optimiser(model, OptimiserRecipe(lr=1e-3))
+    set_learning_rate(together, 5e-4)
+    assert [group["lr"] for group in together.param_groups] == pytest.approx([5e-4] * 3)
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_minimum() -> None:

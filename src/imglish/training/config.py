@@ -79,8 +79,9 @@ class BatchRecipe:
 
 @dataclass(frozen=True)
 class OptimiserRecipe:
-    """AdamW. lr: highest learning rate; decay_embeddings: also decay embedding tables and positions (as published);
-    clip_norm: largest norm of the gradient (None: not clipped)."""
+    """AdamW. lr: highest learning rate; temperature_lr: that of temperatures and logit scales (None: the same), whose
+    steps must stay small beside their value, a few hundredths in ALBEF; decay_embeddings: also decay embedding tables
+    and positions (as published); clip_norm: largest norm of the gradient (None: not clipped)."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.98)
@@ -88,6 +89,7 @@ class OptimiserRecipe:
     weight_decay: float = 0.05
     decay_embeddings: bool = True
     clip_norm: float | None = 1.0
+    temperature_lr: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.lr <= 0.1:
@@ -98,6 +100,7 @@ class OptimiserRecipe:
             if not 0 <= beta < 1:
                 raise SettingsError("betas", f"{beta} must lie in 0..1, below 1")
         _positive("eps", self.eps)
+        _positive("temperature_lr", self.temperature_lr)
         _between("weight_decay", self.weight_decay, 0, 1)
         _positive("clip_norm", self.clip_norm)
 

@@ -12,10 +12,11 @@ from imglish.training.config import OptimiserRecipe, ScheduleRecipe
 
 
 def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: with weight decay, and without.
+    """Trainable parameters in three groups: with weight decay, without, and temperatures.
 
-    Without: biases, norms and everything else of at most one dimension (temperatures, class tokens stored flat);
-    embedding tables and position tables too unless ``decay_embeddings``. A shared parameter appears once.
+    Without: biases, norms and everything else of at most one dimension (class tokens stored flat); embedding tables
+    and position tables too unless ``decay_embeddings``. Temperatures (0-D) are not decayed and have a rate of their
+    own. A shared parameter appears once. ``scale``: factor of the group's learning rate.
     """
     tables = {
         id(parameter)
@@ -25,8 +26,12 @@ def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str
     }
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    temperatures: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
+            continue
+        if parameter.dim() == 0:
+            temperatures.append(parameter)
             continue
         table = id(parameter) in tables or "position" in name.rpartition(".")[2]
         keep = (
@@ -34,8 +39,9 @@ def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str
         )
         (plain if keep else decayed).append(parameter)
     groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": recipe.weight_decay, "scale": 1.0},
+        {"params": plain, "weight_decay": 0.0, "scale": 1.0},
+        {"params": temperatures, "weight_decay": 0.0, "scale": (recipe.temperature_lr or recipe.lr) / recipe.lr},
     ]
     return [group for group in groups if group["params"]]
 
@@ -75,7 +81,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleRecipe) 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
 
 
 @torch.no_grad()
