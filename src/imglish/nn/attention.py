@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from imglish.nn.segments import Rows, Segments
 
@@ -38,6 +37,8 @@ def attend(
     device = q_THd.device
     ragged = not (q_segments.uniform and k_segments.uniform)
     if ragged and device.type == "cuda" and q_THd.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        from torch.nn.attention.varlen import varlen_attn  # a second of imports that only this branch needs
+
         out = varlen_attn(
             q_THd,
             k_SHd,
