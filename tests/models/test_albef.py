@@ -195,6 +195,26 @@ def test_captions_of_one_picture_are_never_negatives() -> None:
     torch.testing.assert_close(losses["itm"], expected)
 
 
+def test_share_of_hard_negatives() -> None:
+    batch = make_batch(albef_tiny(), [5] * 4)
+    batch = replace(batch, draws=torch.tensor([[0.1, 0.1], [0.5, 0.5], [0.9, 0.9], [0.34, 0.34]]))
+
+    def drawn(share: float) -> list[list[int]]:
+        model, teacher = trained_pair(replace(albef_tiny(), hard_negatives=share, temperature=0.001))
+        chosen: list[list[int]] = model._draw(model.embed(batch, teacher), batch.draws).chosen.numpy().tolist()
+        return chosen
+
+    uniform = [1, 2, 3, 1]  # of the three others: draws 0.1, 0.5, 0.9, 0.34 are the 1st, 2nd, 3rd, 2nd
+    assert drawn(0.0) == [uniform, uniform]
+    hard = drawn(1.0)
+    model, teacher = trained_pair(replace(albef_tiny(), temperature=0.001))
+    embedded = model.embed(batch, teacher)
+    similarity = embedded.text @ embedded.momentum()[0].T - 9 * torch.eye(4)
+    assert hard[0] == similarity.argmax(1).tolist()  # so cold that only the most similar picture can be drawn
+    with pytest.raises(ValueError, match="share"):
+        replace(albef_tiny(), hard_negatives=1.5)
+
+
 def test_published_parameter_count() -> None:
     with torch.device("meta"):
         model = albef_base().build()

@@ -36,9 +36,9 @@ from imglish.objectives.momentum import DistilledItc, MomentumTeacher, TeacherCo
 class AlbefConfig:
     """Sizes and objectives; the defaults are the published model (ViT-B/16 at 256 px, BERT-base split 6/6).
 
-    fusion_layer: text layers before the fusion; itc, itm, mlm: which objectives are trained; hard_negatives: ITM
-    negatives by ITC similarity, or uniform ones; itc_swapped: also the ITC sees the wrong captions of
-    :class:`Batch` (ITM sees them always).
+    fusion_layer: text layers before the fusion; itc, itm, mlm: which objectives are trained; hard_negatives: share of
+    the ITM negatives that are drawn by ITC similarity (published: all of them), the others are drawn uniformly;
+    itc_swapped: also the ITC sees the wrong captions of :class:`Batch` (ITM sees them always).
     """
 
     vision: VitConfig = field(default_factory=lambda: VitConfig(image=ImageInput(256)))
@@ -57,7 +57,7 @@ class AlbefConfig:
     itc: bool = True
     itm: bool = True
     mlm: bool = True
-    hard_negatives: bool = True
+    hard_negatives: float = 1.0
     itc_swapped: bool = False
 
     family: ClassVar[str] = "albef"
@@ -69,6 +69,8 @@ class AlbefConfig:
     def __post_init__(self) -> None:
         if not 0 < self.fusion_layer < self.depth:
             raise ValueError(f"fusion_layer {self.fusion_layer} must lie between 1 and depth - 1 = {self.depth - 1}")
+        if not 0 <= self.hard_negatives <= 1:
+            raise ValueError(f"hard_negatives is {self.hard_negatives}, a share between 0 and 1")
 
     def build(self) -> Albef:
         return Albef(self)
@@ -317,14 +319,14 @@ class Albef(nn.Module):
         """One hard negative text a picture and picture a text, over the batch of all ranks, by ITC similarity."""
         ids, everyone = embedded.image_ids, gather(embedded.image_ids)
         with torch.no_grad():
-            if self.config.itc and self.config.hard_negatives:
+            nothing = torch.zeros(ids.shape[0], everyone.shape[0], device=ids.device)
+            texts = pictures = negative_weights(nothing, ids, everyone)
+            if self.config.itc and self.config.hard_negatives > 0:
                 image_m, text_m = embedded.momentum()
                 i2t = embedded.image @ gather(text_m).T / self.temperature
                 t2i = embedded.text @ gather(image_m).T / self.temperature
-            else:
-                i2t = t2i = torch.zeros(ids.shape[0], everyone.shape[0], device=ids.device)
-            texts = negative_weights(i2t, ids, everyone)
-            pictures = negative_weights(t2i, ids, everyone)
+                texts = texts.lerp(negative_weights(i2t, ids, everyone), self.config.hard_negatives)
+                pictures = pictures.lerp(negative_weights(t2i, ids, everyone), self.config.hard_negatives)
             chosen = torch.stack([draw_negatives(pictures, draws[:, 0]), draw_negatives(texts, draws[:, 1])])
             exist = torch.cat([has_negative(pictures), has_negative(texts)])
         return Negatives(HostCopy(chosen), exist)
