@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imglish.data.batch import Batch, TextBatch
+from imglish.models import registry
 from imglish.models.capabilities import Embedded, EncodesImages, EncodesTexts, Matches, Trainable
 from imglish.models.clip import CONFIGS, Clip, ClipConfig, ResNetConfig, TextConfig, clip_tiny
 from imglish.models.vit import CLIP_MEAN, CLIP_STD, ImageInput, VitConfig
@@ -61,6 +63,12 @@ def test_published_parameter_counts(name: str) -> None:
     with torch.device("meta"):
         model = CONFIGS[name]().build()
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_survive_json(name: str) -> None:
+    config = CONFIGS[name]()
+    assert registry.from_dict("clip", json.loads(json.dumps(registry.to_dict(config)))) == config
 
 
 def test_defaults_are_vit_b_32() -> None:
