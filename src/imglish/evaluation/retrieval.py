@@ -121,7 +121,10 @@ class RetrievalResult:
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """The table as headers and rows of text: a line for each way of ranking."""
         ks = [name.removeprefix("t2i_r") for name in self.towers if name.startswith("t2i_r")]
-        headers = ["ranking"] + [f"{way} R@{k}" for way in ("text→image", "image→text") for k in ks] + ["mean", "ties"]
+        headers = ["ranking"]
+        for way in ("text→image", "image→text"):  # the direction stands in the first of its columns
+            headers += [f"{way} R@{k}" if k == ks[0] else f"R@{k}" for k in ks]
+        headers += ["mean", "ties"]
         lines = [self._row("towers", self.towers, ks)]
         for k, table in sorted(self.sweep.items()):
             lines.append(self._row(f"reranked, first {k}", table, ks))
