@@ -199,3 +199,15 @@ def test_all_colours_can_be_said() -> None:
     description = tuple(Mention(None, (("top", colour),)) for colour in COLOURS)
     assert all(colour in say(description, "en", Wording(False, 0, 0)) for colour in COLOURS)
     assert len(set(say(description, "zh", Wording(True, 0, 0)).split("；"))) == len(COLOURS)
+
+
+def test_fewer_colours_are_all_that_is_drawn_and_said() -> None:
+    colours = ("red", "blue", "black", "white")
+    config = SceneConfig(scenes=60, pairs=6, colours=colours, held_out=(("black", "white"),))
+    source = SceneSource(config)
+    scenes = [*source.training_scenes(), *source.evaluation("heldout").scenes]
+    assert {colour for scene in scenes for person in scene.people for _, colour in person.worn()} == set(colours)
+    said = " ".join(c for record in source.training() for c in (*record.captions, *record.swapped))
+    assert not any(colour in said for colour in ("green", "purple", "yellow", "orange", "绿", "紫", "黄", "橙"))
+    with pytest.raises(ValueError, match="held_out"):
+        SceneConfig(colours=colours)

@@ -109,12 +109,16 @@ def describe(scene: Scene, rng: np.random.Generator, omission: float) -> Descrip
 
 
 def swapped_description(
-    description: Description, scene: Scene, rng: np.random.Generator, never: Sequence[Pair]
+    description: Description,
+    scene: Scene,
+    rng: np.random.Generator,
+    never: Sequence[Pair],
+    colours: Sequence[Colour] = COLOURS,
 ) -> Description:
     """The description with exactly one binding wrong: two of its colours exchanged, else one colour taken from another
     garment of the scene, else any other colour. It is false of the scene, and speaks of none of the ``never`` pairs."""
     for variant in chain(
-        _exchanged(description, rng), _altered(description, _shown(scene), rng), _altered(description, COLOURS, rng)
+        _exchanged(description, rng), _altered(description, _shown(scene), rng), _altered(description, colours, rng)
     ):
         if not true_of(variant, scene) and not any(mention.pairs_up(never) for mention in variant):
             return variant
@@ -152,12 +156,15 @@ def _with_colour(description: Description, place: tuple[int, int], colour: Colou
     )
 
 
-def random_person(rng: np.random.Generator, small_objects: float, never: Sequence[Pair]) -> Person:
-    """A person whose top and trousers are of none of the ``never`` pairs; each small object with that chance."""
+def random_person(
+    rng: np.random.Generator, small_objects: float, never: Sequence[Pair], colours: Sequence[Colour] = COLOURS
+) -> Person:
+    """A person in some of ``colours``, top and trousers of none of the ``never`` pairs; each small object with that
+    chance."""
     while True:
-        small = {garment: pick(COLOURS, rng) for garment in SMALL if rng.random() < small_objects}
+        small = {garment: pick(colours, rng) for garment in SMALL if rng.random() < small_objects}
         kind: Kind = "woman" if rng.random() < 0.5 else "man"
-        person = Person(kind, pick(COLOURS, rng), pick(COLOURS, rng), **small)
+        person = Person(kind, pick(colours, rng), pick(colours, rng), **small)
         if not person.pairs_up(never):
             return person
 

@@ -47,7 +47,8 @@ class SceneConfig:
     scenes: training pictures; size: their side in pixels; captions: per picture and language; omission: chance that a
     caption leaves out a garment (or whether it is a man or a woman); small_objects: chance of each of hat, shoes,
     bag; held_out: colour pairs of top and trousers, either way round, that training neither shows nor names;
-    pairs: scenes with a distractor in each evaluation split; languages: of captions and queries.
+    pairs: scenes with a distractor in each evaluation split; languages: of captions and queries;
+    colours: of garments and objects, fewer make the question easier.
     """
 
     seed: int = 0
@@ -59,6 +60,7 @@ class SceneConfig:
     held_out: tuple[Pair, ...] = (("black", "white"), ("red", "blue"), ("green", "purple"), ("yellow", "orange"))
     pairs: int = 200
     languages: tuple[Language, ...] = LANGUAGES
+    colours: tuple[Colour, ...] = COLOURS
 
     def __post_init__(self) -> None:
         for name, value in (("omission", self.omission), ("small_objects", self.small_objects)):
@@ -68,8 +70,8 @@ class SceneConfig:
             if count < 1:
                 raise ValueError(f"{name} is {count}")
         for pair in self.held_out:
-            if pair[0] == pair[1] or not set(pair) <= set(COLOURS):
-                raise ValueError(f"held_out: {pair} is not a pair of two of the colours {', '.join(COLOURS)}")
+            if pair[0] == pair[1] or not set(pair) <= set(self.colours):
+                raise ValueError(f"held_out: {pair} is not a pair of two of the colours {', '.join(self.colours)}")
         if not self.languages or not set(self.languages) <= set(LANGUAGES):
             raise ValueError(f"languages: {self.languages}; known: {', '.join(LANGUAGES)}")
 
@@ -163,7 +165,8 @@ class SceneSource:
 
     def _scene(self, part: _Part, index: int) -> Scene:
         rng = self._rng(part, index, words=False)
-        people = [random_person(rng, self.config.small_objects, self.config.held_out) for _ in range(2)]
+        config = self.config
+        people = [random_person(rng, config.small_objects, config.held_out, config.colours) for _ in range(2)]
         if part == _Part.HELD_OUT:
             top, trousers = shuffled(pick(self.config.held_out, rng), rng)
             first = people[0]
@@ -178,7 +181,7 @@ class SceneSource:
         for language in config.languages:
             for _ in range(config.captions):
                 description = describe(scene, rng, config.omission)
-                wrong = swapped_description(description, scene, rng, config.held_out)
+                wrong = swapped_description(description, scene, rng, config.held_out, config.colours)
                 wording = Wording.random(rng)
                 captions.append(say(description, language, wording))
                 swapped.append(say(wrong, language, wording))
@@ -223,7 +226,8 @@ class SceneSource:
 
     def _queries(self, split: Split, scenes: Sequence[Scene]) -> list[SceneQuery]:
         """Top and trousers for every colour pair of the split, and with each small object where a picture fits."""
-        pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
+        colours = self.config.colours
+        pairs = [(a, b) for a in colours for b in colours if a != b]
         held_out = {frozenset(pair) for pair in self.config.held_out}
         queries = []
         for top, trousers in pairs:
