@@ -37,7 +37,7 @@ RERANK = 32
 MAIN, RIVAL = "main", "rival"
 
 
-# What learns within minutes. A joint embedding of 8 dimensions is what makes the towers' question hard. 2,000 steps are
+# What learns within minutes. A joint embedding of 8 dimensions is what makes the towers' question hard. 1,800 steps are
 # too few for a slow teacher with a queue (the contrast oscillates), and for matching on hard negatives alone (it stays
 # at the entropy of its classes): a fifth of the drawn negatives is hard, and every picture has its known wrong caption.
 SMALL: dict[str, Any] = {
@@ -57,7 +57,7 @@ class QuickstartConfig:
 
     out: Path = Path("quickstart-out")
     seed: int = 0
-    steps: int = 2000
+    steps: int = 1800
     minutes: float | None = None
     batch: int = 32
     lr: float = 2e-3

@@ -149,7 +149,7 @@ def _report(outcome: Outcome) -> Report:
 
 
 EXPLANATION = """
-The main model is trained with all of ALBEF's objectives: contrast with a momentum teacher and its queue (ITC),
+The main model is trained with all of ALBEF's objectives: contrast with a momentum teacher (ITC),
 matching with hard negatives from the towers and with the known wrong captions of the data (ITM), masked words (MLM),
 distillation. The rival has the same towers, data, order and number of steps; it is trained by contrast alone, and the
 known wrong captions are negatives of its contrast. So it sees every hint that the fusion sees, at a lower cost a step.
@@ -210,10 +210,7 @@ def _losses(report: Report, outcome: Outcome) -> None:
                     title = f"{loss} ({name})" if name == "rival" else loss
                     charts.setdefault(title, {}).setdefault(loss, []).append((event["step"], value))
     report.heading("Losses").charts(charts)
-    report.note(
-        "ITC begins low because its queue of negatives is empty. ITM knows nothing as long as it stays at 0.56, the "
-        "entropy of one true pair among four."
-    )
+    report.note("ITM knows nothing as long as it stays at 0.56, the entropy of one true pair among four.")
 
 
 def _searches(report: Report, outcome: Outcome) -> None:
