@@ -26,9 +26,9 @@ def main(out: str, *runs: str) -> None:
         left.plot([s for s, _ in checks], [(r["i2t_r10"] + r["t2i_r10"]) / 2 for _, r in checks], "o-", label=run.name)
         losses = [(e["step"], e["losses"]["itc"]) for e in log if e["event"] == "step" and "itc" in e["losses"]]
         right.plot([s for s, _ in losses], [v for _, v in losses], label=run.name)
-    left.set(xlabel="step", ylabel="R@10 of the towers, mean of both directions, %", ylim=(0, None))
+    left.set(xlabel="step", ylabel="R@10, towers, %", ylim=(0, None))
     left.axhline(1.0, color="grey", linestyle=":", label="chance")
-    right.set(xlabel="step", ylabel="ITC loss (each run has its own number of candidates)")
+    right.set(xlabel="step", ylabel="ITC loss")
     left.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
