@@ -38,7 +38,9 @@ class AlbefConfig:
 
     fusion_layer: text layers before the fusion; itc, itm, mlm: which objectives are trained; hard_negatives: share of
     the ITM negatives that are drawn by ITC similarity (published: all of them), the others are drawn uniformly;
-    itc_swapped: also the ITC sees the wrong captions of :class:`Batch` (ITM sees them always).
+    itc_swapped: also the ITC sees the wrong captions of :class:`Batch` (ITM sees them always). embedding_std: of words
+    and positions, of text and picture, at the start; 0.02 as published. A tiny model with its high learning rate learns
+    where things are sooner from a larger one.
     """
 
     vision: VitConfig = field(default_factory=lambda: VitConfig(image=ImageInput(256)))
@@ -59,6 +61,7 @@ class AlbefConfig:
     mlm: bool = True
     hard_negatives: float = 1.0
     itc_swapped: bool = False
+    embedding_std: float = 0.02
 
     family: ClassVar[str] = "albef"
 
@@ -118,8 +121,10 @@ class Albef(nn.Module):
         self.text_proj = nn.Linear(config.width, config.embed_dim)
         self.itm_head = nn.Linear(config.width, 2)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
-        _init(self, config.width)
-        _init(self.vision, config.vision.width)
+        _init(self, config.width, config.embedding_std)
+        _init(self.vision, config.vision.width, config.embedding_std)
+        with torch.no_grad():
+            self.vision.positions.mul_(config.embedding_std / 0.02)
 
     def make_teacher(self) -> MomentumTeacher[Albef]:
         """The momentum copy, with the queue; the trainer keeps it."""
@@ -370,15 +375,15 @@ def _itm(known: Tensor, drawn: Tensor, negatives: Negatives, count: int) -> dict
     return {"itm": itm_loss(logits, labels, counted), "metric/itm_accuracy": accuracy.detach()}
 
 
-def _init(module: nn.Module, width: int) -> None:
-    """Linear layers and embeddings normal, biases zero. At width 768 the deviation is 0.02 (BERT, DeiT); smaller
-    models start in proportion to 1 / sqrt(width), with activations of the same size."""
+def _init(module: nn.Module, width: int, embedding_std: float) -> None:
+    """Linear layers and embeddings normal, biases zero. At width 768 the deviation of layers is 0.02 (BERT, DeiT);
+    smaller models start in proportion to 1 / sqrt(width), with activations of the same size."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02 * math.sqrt(768 / width))
             nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
-            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.trunc_normal_(part.weight, std=embedding_std)
 
 
 def albef_base() -> AlbefConfig:
