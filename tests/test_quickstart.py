@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from imglish import quickstart, quickstart_report
 from imglish.cli import main
@@ -84,6 +86,37 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert str(tmp_path / "out" / "report.html") in printed
     held = json.loads((tmp_path / "out" / "measured.json").read_text())
     assert held["steps"] == {"main": 10, "rival": 10}
+
+
+def test_the_rival_trained_in_its_own_process_is_the_same(outcome: Outcome, tmp_path: Path) -> None:
+    config = dataclasses.replace(outcome.config, out=tmp_path / "out", together=True)
+    beside = quickstart.run(config)
+    assert (tmp_path / "out" / "rival.txt").is_file()
+    for name in ("main", "rival"):
+        one, two = (load_file(o.config.out / name / "model" / "model.safetensors") for o in (outcome, beside))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert [e["step"] for e in beside.runs["rival"].events] == [e["step"] for e in outcome.runs["rival"].events]
+
+
+def test_a_stopped_quickstart_continues_and_a_finished_one_starts_anew(outcome: Outcome, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(outcome.config.out, out)
+    (out / "measured.json").unlink()  # as if it had been stopped before its end
+    shutil.rmtree(out / "rival")
+    before = (out / "main" / "log.jsonl").stat().st_mtime_ns
+    config = dataclasses.replace(outcome.config, out=out)
+    quickstart.run(config)
+    assert (out / "main" / "log.jsonl").read_text() == (outcome.config.out / "main" / "log.jsonl").read_text()
+    quickstart.run(config)
+    assert (out / "main" / "log.jsonl").read_text() != (outcome.config.out / "main" / "log.jsonl").read_text()
+    assert before < (out / "main" / "log.jsonl").stat().st_mtime_ns
+
+
+def test_a_failed_rival_is_named(outcome: Outcome, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(outcome.config.out, out)
+    with pytest.raises(quickstart.TrainingFailed, match=r"status 1: see .*rival\.txt"):
+        quickstart._of_rival(dataclasses.replace(outcome.config, out=out), 1)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,10 @@ contrast alone (the wrong captions are negatives of its contrast, as they are ne
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,9 +28,10 @@ from imglish.data.scenes import SceneBenchmark, SceneConfig, SceneSource, Split
 from imglish.evaluation.binding import BindingResult, Quadruple, evaluate_binding
 from imglish.evaluation.encoding import Machine, picture_loader
 from imglish.evaluation.retrieval import RetrievalConfig, RetrievalResult, evaluate_retrieval
-from imglish.quickstart_report import write
+from imglish.quickstart_report import MEASURED, write
 from imglish.training.checkpoint import ResumeError
 from imglish.training.config import Recipe, recipe_from
+from imglish.training.journal import LOG, read_events
 from imglish.training.setup import gather_materials, new_model, pair_dataset
 from imglish.training.step import Stepper, StepSettings
 from imglish.training.trainer import Result, train
@@ -35,6 +39,8 @@ from imglish.training.trainer import Result, train
 SPLITS: tuple[Split, ...] = ("seen", "heldout")
 RERANK = 32
 MAIN, RIVAL = "main", "rival"
+OUTPUT = "rival.txt"  # of the rival's process
+STOPPED = 75  # its status when a signal stopped it
 
 
 # What learns within minutes. A joint embedding of 8 dimensions is what makes the towers' question hard. 1,800 steps are
@@ -55,15 +61,18 @@ SMALL: dict[str, Any] = {
 @dataclass(frozen=True)
 class QuickstartConfig:
     """steps: of each training; minutes: in place of steps, as many as fit into this time for both trainings on this
-    machine; batch: pairs a step; model: settings of the configuration ``albef-tiny``; threads: of torch."""
+    machine; batch: pairs a step; model: settings of the configuration ``albef-tiny``; threads: of each training (a
+    second one does not make matrices of this size faster); together: train both at the same time, in two processes
+    (None: where there are two cores)."""
 
     out: Path = Path("quickstart-out")
     seed: int = 0
-    steps: int = 1800
+    steps: int = 2600
     minutes: float | None = None
     batch: int = 32
     lr: float = 2e-3
-    threads: int | None = None
+    threads: int = 1
+    together: bool | None = None
     scenes: SceneConfig = field(default_factory=lambda: SceneConfig(omission=0.65, small_objects=0.1, pairs=120))
     model: dict[str, Any] = field(default_factory=lambda: dict(SMALL))
     progress: bool = True
@@ -71,6 +80,8 @@ class QuickstartConfig:
     def __post_init__(self) -> None:
         if self.steps < 10:
             raise ValueError(f"steps is {self.steps}: fewer than 10 train nothing")
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}: it has to be at least 1")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"minutes is {self.minutes}: it has to be above 0")
 
@@ -78,7 +89,11 @@ class QuickstartConfig:
     def tiny(out: Path, seed: int = 0) -> QuickstartConfig:
         """Seconds, for tests of the machinery: it learns next to nothing."""
         scenes = SceneConfig(scenes=200, pairs=4, omission=0.5, small_objects=0.3)
-        return QuickstartConfig(out, seed, steps=12, batch=16, scenes=scenes, progress=False)
+        return QuickstartConfig(out, seed, steps=12, batch=16, together=False, scenes=scenes, progress=False)
+
+    @property
+    def at_once(self) -> bool:
+        return self.together if self.together is not None else len(os.sched_getaffinity(0)) > 1
 
     def recipe(self, name: str, steps: int) -> Recipe:
         """Of the training ``name``: ``main``, ALBEF with all its objectives, or ``rival``, its towers by contrast."""
@@ -123,7 +138,8 @@ class Searched:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that the report shows. measured: by training and split; searched: all queries; seconds: by part."""
+    """Everything that the report shows. measured: by training and split; searched: all queries; seconds: by part (both
+    trainings may have run at the same time), and ``in all``."""
 
     config: QuickstartConfig
     benchmarks: dict[Split, SceneBenchmark]
@@ -141,21 +157,16 @@ def run(config: QuickstartConfig) -> Outcome:
     A quickstart that was stopped continues where it was; a finished one starts anew.
     """
     began = time.perf_counter()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
+    _clear_finished(config.out)
     source = SceneSource(config.scenes)
     records = source.training()
     benchmarks = {split: source.evaluation(split) for split in SPLITS}
     steps = config.steps if config.minutes is None else affordable_steps(config, records)
     seconds = {"drawing": time.perf_counter() - began}
 
-    runs: dict[str, Result] = {}
-    for name in (MAIN, RIVAL):
-        started = time.perf_counter()
-        runs[name] = _train(config.recipe(name, steps), records)
-        if runs[name].model is None:
-            raise Stopped(f"stopped by {runs[name].stopped}; the same command continues")
-        seconds[f"training {name}"] = time.perf_counter() - started
+    runs = _train_both(config, steps, records)
+    seconds |= {f"training {name}": run.events[-1]["seconds"] for name, run in runs.items()}
 
     started = time.perf_counter()
     models = {name: Model(native.load(config.out / name / "model"), "cpu") for name in runs}
@@ -165,7 +176,7 @@ def run(config: QuickstartConfig) -> Outcome:
         for split, benchmark in benchmarks.items()
     }
     searched = [found for split in SPLITS for found in _search(models, benchmarks[split], split)]
-    seconds["measuring"] = time.perf_counter() - started
+    seconds |= {"measuring": time.perf_counter() - started, "in all": time.perf_counter() - began}
 
     parameters = sum(p.numel() for p in models[MAIN].network.parameters())
     outcome = Outcome(config, benchmarks, runs, measured, searched, seconds, parameters, config.out / "report.html")
@@ -177,29 +188,86 @@ class Stopped(RuntimeError):  # noqa: N818 (it is no error)
     """The quickstart was interrupted by a signal and can be continued."""
 
 
+class TrainingFailed(RuntimeError):  # noqa: N818 (it says what happened)
+    """The rival's process ended with an error; the message names its output."""
+
+
+def _train_both(config: QuickstartConfig, steps: int, records: Sequence[Record]) -> dict[str, Result]:
+    """Both trainings, at the same time where the config says so; raises :class:`Stopped` after a signal."""
+    rival = None
+    if config.at_once:
+        rival = multiprocessing.get_context("spawn").Process(target=_train_rival, args=(config, steps))
+        rival.start()
+    try:
+        runs = {MAIN: _train(config.recipe(MAIN, steps), records)}
+        if rival is None and runs[MAIN].stopped is None:
+            runs[RIVAL] = _train(config.recipe(RIVAL, steps), records)
+    except BaseException:
+        if rival is not None:
+            rival.terminate()
+        raise
+    if rival is not None:
+        if runs[MAIN].stopped is not None:
+            rival.terminate()  # it writes a checkpoint and ends
+        rival.join()
+        runs[RIVAL] = _of_rival(config, rival.exitcode)
+    for run in runs.values():
+        if run.stopped is not None:
+            raise Stopped(f"stopped by {run.stopped}; the same command continues")
+    return runs
+
+
+def _train_rival(config: QuickstartConfig, steps: int) -> None:
+    """In a process of its own: what it says goes to ``rival.txt``, so that the terminal shows one progress bar."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    with (config.out / OUTPUT).open("w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+        result = _train(config.recipe(RIVAL, steps), SceneSource(config.scenes).training())
+        sys.exit(STOPPED if result.stopped is not None else 0)
+
+
+def _of_rival(config: QuickstartConfig, status: int | None) -> Result:
+    """What the rival's process left on the disk."""
+    folder = config.out / RIVAL
+    events = read_events(folder / LOG)
+    if status == STOPPED:
+        return Result(events[-1]["step"], folder, None, {}, "a signal", events)
+    if status != 0:
+        raise TrainingFailed(f"the training of the rival ended with status {status}: see {config.out / OUTPUT}")
+    return Result(events[-1]["step"], folder, folder / "model", {}, None, events)
+
+
 def _train(recipe: Recipe, records: Sequence[Record]) -> Result:
     """A training from the start; or its continuation, if it was stopped midway with the same settings."""
-    folder = Path(recipe.output)
-    if (folder / "model").exists():
-        _remove(folder)
     try:
         return train(recipe, records, [])
     except ResumeError:
-        _remove(folder)
+        _remove(Path(recipe.output))
         return train(recipe, records, [])
+
+
+def _clear_finished(out: Path) -> None:
+    """Delete the trainings of a quickstart that came to its end; one that was stopped keeps them, to continue."""
+    if (out / MEASURED).exists():
+        for name in (MAIN, RIVAL):
+            _remove(out / name)
+        (out / MEASURED).unlink()
+    for name in (MAIN, RIVAL):
+        if (out / name).exists() and not (out / name / LOG).is_file():
+            raise FileExistsError(f"{out / name} exists and is no training of the quickstart: choose another --out")
 
 
 def _remove(folder: Path) -> None:
     """Delete the folder of an earlier training; nothing that does not look like one."""
-    if not (folder / "log.jsonl").is_file():
-        raise FileExistsError(f"{folder} exists and is no training of the quickstart: choose another --out")
-    shutil.rmtree(folder)
+    if (folder / LOG).is_file():
+        shutil.rmtree(folder)
 
 
 def affordable_steps(config: QuickstartConfig, records: Sequence[Record], probe: int = 8) -> int:
     """How many steps of both trainings fit into ``config.minutes``: a few steps of each are timed here."""
     assert config.minutes is not None
-    each = 0.0
+    each = []
     for name in (MAIN, RIVAL):
         recipe = config.recipe(name, 1000)
         materials = gather_materials(recipe, records[: 4 * config.batch], [], None)
@@ -212,8 +280,9 @@ def affordable_steps(config: QuickstartConfig, records: Sequence[Record], probe:
         began = time.perf_counter()
         for step in range(probe):
             stepper(first[step % 2], step)
-        each += (time.perf_counter() - began) / probe
-    return max(10, int(60 * config.minutes / (1.1 * each)))  # a tenth for the optimiser and the data
+        each.append((time.perf_counter() - began) / probe)
+    cost = 1.2 * max(each) if config.at_once else 1.1 * sum(each)  # the rest is for optimiser, data and each other
+    return max(10, int(60 * config.minutes / cost))
 
 
 def _measure(model: Model, benchmark: SceneBenchmark, progress: bool) -> Measured:

@@ -21,6 +21,7 @@ TITLES: dict[Split, str] = {"seen": "colour pairs seen in training", "heldout": 
 SHORT: dict[Split, str] = {"seen": "seen", "heldout": "held out"}
 RANKINGS = {"towers": "towers", "reranked": "towers, then fusion", "rival": "rival towers"}
 SCORED = {**RANKINGS, "reranked": "fusion"}
+MEASURED = "measured.json"
 SHOWN = 8  # pictures of a ranking
 QUERIES = 6  # of a language and split
 
@@ -121,8 +122,9 @@ def write(outcome: Outcome) -> Path:
         "seed": outcome.config.seed,
     }
     text = json.dumps(measured, indent=2) + "\n"
-    (outcome.config.out / "measured.json").write_text(text, encoding="utf-8")
-    return _report(outcome).save(outcome.report)
+    report = _report(outcome).save(outcome.report)
+    (outcome.config.out / MEASURED).write_text(text, encoding="utf-8")  # last: it says that the quickstart has finished
+    return report
 
 
 def _report(outcome: Outcome) -> Report:
@@ -137,8 +139,9 @@ def _report(outcome: Outcome) -> Report:
             f"{config.scenes.omission:.0%} of what they could say",
             "training": _budget(outcome, "main"),
             "training of the rival": _budget(outcome, "rival"),
-            "in all": f"{sum(outcome.seconds.values()) / 60:.1f} minutes, "
-            + ", ".join(f"{name} {value:.0f} s" for name, value in outcome.seconds.items()),
+            "in all": f"{outcome.seconds['in all'] / 60:.1f} minutes ("
+            + ", ".join(f"{name} {value:.0f} s" for name, value in outcome.seconds.items() if name != "in all")
+            + (", both trainings at once)" if config.at_once else ")"),
         }
     )
     report.text(EXPLANATION)

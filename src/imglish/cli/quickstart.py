@@ -15,7 +15,7 @@ contrast alone, asks both who wears what, and writes report.html. Nothing is dow
 
 
 def main(argv: Sequence[str]) -> int:
-    """Status: 0 done, 2 wrong arguments, 75 stopped (the same command continues)."""
+    """Status: 0 done, 1 a training failed, 2 wrong arguments, 75 stopped (the same command continues)."""
     parser = argparse.ArgumentParser(
         "imglish quickstart", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -24,11 +24,11 @@ def main(argv: Sequence[str]) -> int:
     length.add_argument("--minutes", type=float, help="of both trainings together; steps are chosen for this machine")
     parser.add_argument("--out", default="quickstart-out", help="folder of the results (default: quickstart-out)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, help="CPU threads of each training (default: 1)")
     parser.add_argument("--tiny", action="store_true", help="seconds: tries the machinery, learns next to nothing")
     arguments = parser.parse_args(argv)
 
-    from imglish.quickstart import QuickstartConfig, Stopped, run
+    from imglish.quickstart import QuickstartConfig, Stopped, TrainingFailed, run
     from imglish.quickstart_report import verdict
     from imglish.training.settings import SettingsError
 
@@ -42,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     except Stopped as stopped:
         print(f"imglish quickstart: {stopped}", file=sys.stderr)
         return 75
+    except TrainingFailed as failed:
+        print(f"imglish quickstart: {failed}", file=sys.stderr)
+        return 1
     except (ValueError, SettingsError, OSError) as error:
         print(f"imglish quickstart: {error}", file=sys.stderr)
         return 2
