@@ -52,6 +52,31 @@ class MaskedTexts:
 
 
 @dataclass(frozen=True)
+class PatchMasks:
+    """Which patches of B pictures of P patches are to be predicted: rows int64 ``(M,)``, numbers among the B * P
+    patches, ascending; counts: how many of the M lie in each picture (host)."""
+
+    rows: Tensor
+    counts: tuple[int, ...]
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> PatchMasks:
+        return PatchMasks(move(self.rows), self.counts)
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """Pictures ``(U, 3, H, W)`` and texts that do not belong together, each with its masks (BEiT-3, section 2.2)."""
+
+    images: Tensor
+    patches: PatchMasks
+    texts: TextBatch
+    masked: MaskedTexts
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Unpaired:
+        return Unpaired(move(self.images), self.patches.map(move), self.texts.map(move), self.masked.map(move))
+
+
+@dataclass(frozen=True)
 class Batch:
     """B picture-caption pairs.
 
@@ -59,7 +84,8 @@ class Batch:
     texts: one caption per picture; image_ids: int64 ``(B,)``, equal for captions of one picture, which are never
     negatives of one another; draws: float32 ``(B, 2)`` uniform in [0, 1), the random numbers that choose the hard
     negative picture and the hard negative text of each pair; swapped: optionally one wrong caption per picture,
-    a negative that the data knows; keys: names of the samples for messages.
+    a negative that the data knows; patches: patches of the pictures to be predicted; unpaired: pictures and texts
+    beside the pairs; keys: names of the samples for messages.
     """
 
     images: Tensor
@@ -68,6 +94,8 @@ class Batch:
     draws: Tensor
     masked: MaskedTexts | None = None
     swapped: TextBatch | None = None
+    patches: PatchMasks | None = None
+    unpaired: Unpaired | None = None
     keys: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -82,6 +110,8 @@ class Batch:
             draws=move(self.draws),
             masked=self.masked.map(move) if self.masked is not None else None,
             swapped=self.swapped.map(move) if self.swapped is not None else None,
+            patches=self.patches.map(move) if self.patches is not None else None,
+            unpaired=self.unpaired.map(move) if self.unpaired is not None else None,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
