@@ -78,14 +78,14 @@ class Unpaired:
 
 @dataclass(frozen=True)
 class Batch:
-    """B picture-caption pairs.
+    """B pictures, each with its caption or its ``captions`` captions.
 
     images: ``(B, 3, H, W)`` uint8 in 0..255 (normalised by the model on its device) or floating and normalised;
-    texts: one caption per picture; image_ids: int64 ``(B,)``, equal for captions of one picture, which are never
-    negatives of one another; draws: float32 ``(B, 2)`` uniform in [0, 1), the random numbers that choose the hard
-    negative picture and the hard negative text of each pair; swapped: optionally one wrong caption per picture,
-    a negative that the data knows; patches: patches of the pictures to be predicted; unpaired: pictures and texts
-    beside the pairs; keys: names of the samples for messages.
+    texts: B * captions of them, those of a picture one behind the other; image_ids: int64 ``(B,)``, equal for captions
+    of one picture, which are never negatives of one another; draws: float32 ``(B, 2)`` uniform in [0, 1), the random
+    numbers that choose the hard negative picture and the hard negative text of each pair; swapped: optionally one
+    wrong caption per picture, a negative that the data knows; patches: patches of the pictures to be predicted;
+    unpaired: pictures and texts beside the pairs; keys: names of the samples for messages.
     """
 
     images: Tensor
@@ -97,6 +97,7 @@ class Batch:
     patches: PatchMasks | None = None
     unpaired: Unpaired | None = None
     keys: tuple[str, ...] = ()
+    captions: int = 1
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from imglish.data.batch import Batch, MaskedTexts, TextBatch
-from imglish.data.images import ImageError, ImageTransform, decode
+from imglish.data.images import Detail, ImageError, ImageTransform, decode_sized
 from imglish.data.masking import MaskConfig, mask_tokens
 from imglish.data.records import Record
 from imglish.data.text import CaptionStyle, clean_caption, mentions_side
@@ -42,8 +42,9 @@ def stream(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Ge
 
 @dataclass(frozen=True)
 class Sample:
-    """pixels: uint8 ``(size, size, 3)``; draws: two uniform numbers; masked: ids, positions, labels of the MLM;
-    unreadable: messages by key about pictures in whose place this one stands."""
+    """pixels: uint8 ``(size, size, 3)``; ids: of the caption; draws: two uniform numbers; masked: ids, positions,
+    labels of the MLM; more: ids of further captions of the picture, equally many in all samples; unreadable: messages
+    by key about pictures in whose place this one stands."""
 
     key: str
     pixels: np.ndarray
@@ -52,16 +53,18 @@ class Sample:
     draws: np.ndarray
     masked: tuple[list[int], list[int], list[int]] | None
     swapped: list[int] | None
+    more: tuple[list[int], ...] = ()
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
 class PairDataset:
     """Image-caption pairs of records, ready to be put in batches.
 
-    captions: ``"one"`` makes an item of every picture, with a random caption of its own each epoch; ``"all"`` makes
+    captions: ``"one"`` makes an item of every picture, with a random caption of its own each epoch; a number makes an
+    item of every picture with so many of its captions at once (a picture that has fewer repeats some); ``"all"`` makes
     an item of every caption. clean: clean-up of captions before the tokenizer. mlm: also mask the texts. swapped:
     also give the wrong captions that the records hold. cache: keep pictures in memory after the first decoding, at
-    ``transform.cache_size`` (shared by forked workers).
+    ``transform.cache_size`` (shared by forked workers). detail: of decoding JPEGs, see :func:`images.decode_sized`.
     """
 
     def __init__(
@@ -70,12 +73,13 @@ class PairDataset:
         transform: ImageTransform,
         tokenizer: Tokenizer,
         *,
-        captions: Literal["one", "all"] = "one",
+        captions: Literal["one", "all"] | int = "one",
         clean: CaptionStyle = "none",
         max_words: int = 30,
         mlm: MaskConfig | None = None,
         swapped: bool = False,
         cache: bool = False,
+        detail: Detail = "good",
     ) -> None:
         if not records:
             raise ValueError("a data set without records")
@@ -83,6 +87,12 @@ class PairDataset:
             raise ValueError(f"swapped captions are wanted, but {lacking} has none")
         if mlm is not None:
             tokenizer.id_of("[MASK]")
+        self.captions = captions if isinstance(captions, int) else 1
+        if self.captions > 1 and (swapped or mlm is not None):
+            raise ValueError("masked and swapped texts go with one caption a picture: set captions to one or all")
+        most = max(len(record.captions) for record in records)
+        if not 1 <= self.captions <= most:
+            raise ValueError(f"{self.captions} captions a picture are wanted, the records have up to {most}")
         self.records = records
         self.transform = transform
         self.tokenizer = tokenizer
@@ -90,6 +100,7 @@ class PairDataset:
         self.max_words = max_words
         self.mlm = mlm
         self.swapped = swapped
+        self.detail: Detail = detail
         self.cache = PictureCache(len(records), transform.cache_size) if cache else None
         self._items = (
             [(r, c) for r, record in enumerate(records) for c in range(len(record.captions))]
@@ -111,7 +122,7 @@ class PairDataset:
             number, caption = self._items[(item + step) % len(self)]
             record = self.records[number]
             try:
-                picture, original = self._picture(number)
+                picture, original = self._picture(number, (seed, epoch, item))
             except ImageError as error:
                 unreadable[record.key] = str(error)
                 continue
@@ -130,26 +141,38 @@ class PairDataset:
         where: tuple[int, int, int],
         unreadable: dict[str, str],
     ) -> Sample:
-        if caption is None:
-            caption = int(stream(*where, Purpose.CAPTION).integers(len(record.captions)))
-        texts = [record.captions[caption], *([record.swapped[caption]] if self.swapped else [])]
+        rng, count = stream(*where, Purpose.CAPTION), len(record.captions)
+        if caption is not None:
+            chosen = [caption]
+        elif self.captions == 1:
+            chosen = [int(rng.integers(count))]
+        else:
+            chosen = np.resize(rng.permutation(count), self.captions).tolist()
+        texts = [record.captions[c] for c in chosen] + ([record.swapped[chosen[0]]] if self.swapped else [])
         ids = self.tokenizer.encode([clean_caption(text, self.max_words, self.clean) for text in texts])
         masked = None
         if self.mlm is not None:
             rng = stream(*where, Purpose.MASK)
             masked = mask_tokens(ids[0], rng, self.tokenizer, self.mlm.probability, self.mlm.whole_word)
         draws = stream(*where, Purpose.DRAW).random(2, dtype=np.float32)
-        swapped = ids[1] if self.swapped else None
-        return Sample(record.key, pixels, ids[0], record.image_id, draws, masked, swapped, unreadable)
+        swapped = ids.pop() if self.swapped else None
+        more = tuple(ids[1:])
+        return Sample(record.key, pixels, ids[0], record.image_id, draws, masked, swapped, more, unreadable)
 
-    def _picture(self, number: int) -> tuple[Image.Image, tuple[int, int] | None]:
-        """The picture, and its own (width, height) where it was squashed for the cache."""
+    def _picture(self, number: int, where: tuple[int, int, int]) -> tuple[Image.Image, tuple[int, int]]:
+        """The picture, squashed for the cache or decoded at the size that this epoch's crop needs, and its own (width,
+        height)."""
         record = self.records[number]
         if self.cache is None:
-            return decode(record.image, self.transform.size, name=record.key), None
+
+            def needed(width: int, height: int) -> tuple[float, float]:
+                return self.transform.least(width, height, stream(*where, Purpose.IMAGE))
+
+            return decode_sized(record.image, needed, detail=self.detail, name=record.key)
         if (kept := self.cache.get(number)) is None:
-            picture = decode(record.image, self.transform.cache_size, name=record.key)
-            self.cache.put(number, self.transform.squashed(picture), picture.size)
+            side = self.transform.cache_size
+            picture, size = decode_sized(record.image, side, detail=self.detail, name=record.key)
+            self.cache.put(number, self.transform.squashed(picture), size)
             kept = self.cache.get(number)
         assert kept is not None
         return kept
@@ -205,12 +228,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     swapped = [sample.swapped for sample in samples if sample.swapped is not None]
     return Batch(
         images=pixels.permute(0, 3, 1, 2).contiguous(),
-        texts=TextBatch.of([sample.ids for sample in samples]),
+        texts=TextBatch.of([ids for sample in samples for ids in (sample.ids, *sample.more)]),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         draws=torch.from_numpy(np.stack([sample.draws for sample in samples])),
         masked=pack_masked([sample.masked for sample in samples if sample.masked is not None]),
         swapped=TextBatch.of(swapped) if swapped else None,
         keys=tuple(sample.key for sample in samples),
+        captions=1 + len(samples[0].more),
     )
 
 

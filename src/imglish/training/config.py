@@ -26,7 +26,8 @@ class DataRecipe:
 
     train: JSONL or CSV file (see `docs/train.md`), None when records are given in Python; images: folder that its
     paths are relative to; split: take only records of this split; captions: an epoch shows every picture once with
-    "one" of its captions, or "all" captions; workers: processes that decode pictures (0: the training process
+    "one" of its captions, or with that many of them at once (a number; the picture is encoded once for all of them),
+    or "all" captions, one at a time; workers: processes that decode pictures (0: the training process
     itself); cache: keep decoded pictures in memory; crop: smallest area share of the random crop (None: the whole
     picture); flip: mirror half of the pictures whose captions name no side; masking, whole_word: of the MLM
     objective; swapped: use the wrong captions that the records hold as further ITM negatives.
@@ -35,7 +36,7 @@ class DataRecipe:
     train: str | None = None
     images: str | None = None
     split: str | None = None
-    captions: Literal["one", "all"] = "one"
+    captions: Literal["one", "all"] | int = "one"
     workers: int = 2
     cache: bool = False
     crop: float | None = 0.5
@@ -46,6 +47,8 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         _between("workers", self.workers, 0, 256)
+        if isinstance(self.captions, int):
+            _between("captions", self.captions, 1, 1000)
         if self.crop is not None:
             _between("crop", self.crop, 0.01, 1)
         _between("masking", self.masking, 0.01, 0.9)

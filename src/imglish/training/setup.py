@@ -145,6 +145,12 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
     image = materials.config.image
     transform = ImageTransform(image.size, image.resize, crop_scale=crop, flip=data.flip)
     masks = getattr(materials.config, "mlm", False)  # models without an MLM objective have no such setting
+    if data.captions not in ("one", "all", 1) and not getattr(materials.config, "several_captions", False):
+        raise SettingsError(
+            "data.captions",
+            f"{data.captions} captions a picture, but this model ({materials.config.family}) takes one: "
+            "set it to one or all",
+        )
     try:
         return PairDataset(
             materials.records,
