@@ -22,7 +22,17 @@ from imglish.data.batch import TextBatch
 from imglish.data.images import ImageTransform, decode
 from imglish.data.tokenizers import Tokenizer
 from imglish.evaluation.rerank import pair_scores
-from imglish.models.capabilities import EncodedTexts, EncodesImages, EncodesTexts, Matches, require
+from imglish.models.capabilities import (
+    EncodedTexts,
+    EncodesImages,
+    EncodesTexts,
+    Matches,
+    has_towers,
+    image_encoder,
+    require,
+    text_encoder,
+)
+from imglish.nn.segments import Ragged
 
 Picture = str | Path | bytes | Image.Image
 """A file, the bytes of one, or a PIL image."""
@@ -33,11 +43,12 @@ PAIRS = 256  # pairs that pass the fusion at a time
 
 @dataclass(frozen=True)
 class Gallery:
-    """Encoded pictures, to be searched many times: features ``(I, E)`` and, for reranking, tokens ``(I, L, D)``."""
+    """Encoded pictures, to be searched many times: features ``(I, E)`` and, for reranking, tokens ``(I, L, D)`` or
+    ragged rows."""
 
     pictures: tuple[Picture, ...]
     features: Tensor
-    tokens: Tensor | None
+    tokens: Tensor | Ragged | None
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -45,8 +56,9 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Found:
-    """One line of a ranked list. index: of the picture in the gallery; cosine: of the towers; match: the probability
-    that the fusion tower gives the pair, None for a model without one or for a picture that was not reranked."""
+    """One line of a ranked list. index: of the picture in the gallery; cosine: of the towers (0 for a model without);
+    match: the probability that the fusion tower gives the pair, None for a model without one or for a picture that was
+    not reranked."""
 
     index: int
     picture: Picture
@@ -78,29 +90,30 @@ class Model:
 
     def encode_images(self, pictures: Sequence[Picture]) -> Tensor:
         """L2-normalised features ``(N, E)``. Raises ``ImageError`` for a picture that cannot be read."""
+        require(self.network, EncodesImages, "encode_images")
         return self.gallery(pictures, keep_tokens=False).features
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised features ``(N, E)``; ``encode_images(...) @ encode_texts(...).T`` are the cosines."""
+        require(self.network, EncodesTexts, "encode_texts")
         return self._encode_texts(texts).features.cpu()
 
     def gallery(self, pictures: Sequence[Picture], keep_tokens: bool = True) -> Gallery:
         """Encode pictures once, to rank them for many texts; ``keep_tokens``: also what reranking needs."""
         if isinstance(pictures, (str, Path, bytes, Image.Image)):
             raise TypeError("expected a list of pictures, not one picture")
-        require(self.network, EncodesImages, "encode_images")
-        assert isinstance(self.network, EncodesImages)
+        encode = image_encoder(self.network, "a gallery")
         features, tokens = [], []
         for low in range(0, len(pictures), BATCH):
             images = torch.stack([self._pixels(picture) for picture in pictures[low : low + BATCH]])
             with torch.no_grad():
-                encoded = self.network.encode_images(images.to(self.device))
+                encoded = encode(images.to(self.device))
             features.append(encoded.features.float().cpu())
             if keep_tokens and self.matches and encoded.tokens is not None:
-                tokens.append(encoded.tokens.cpu())
+                tokens.append(_on(encoded.tokens, "cpu"))
         if not features:
             raise ValueError("there are no pictures")
-        return Gallery(tuple(pictures), torch.cat(features), torch.cat(tokens) if tokens else None)
+        return Gallery(tuple(pictures), torch.cat(features), _joined(tokens) if tokens else None)
 
     def match(self, pictures: Sequence[Picture] | Gallery, texts: Sequence[str]) -> Tensor:
         """Probability ``(I, T)`` that picture and text belong together, by the fusion tower.
@@ -118,13 +131,15 @@ class Model:
         """The ``top`` pictures for a text, best first.
 
         The towers propose the first ``rerank`` pictures (default: the larger of 32 and ``top``; 0: towers only), the
-        fusion tower, where the model has one, orders them by the checkpoint's score rule.
+        fusion tower, where the model has one, orders them by the checkpoint's score rule. A model without towers reads
+        all pictures.
         """
         gallery = self._as_gallery(pictures)
         encoded = self._encode_texts([text])
         cosine = gallery.features @ encoded.features[0].float().cpu()
         order = cosine.argsort(descending=True, stable=True).tolist()
         wanted = max(32, top) if rerank is None else rerank
+        wanted = wanted if has_towers(self.network) else len(gallery)
         probability: dict[int, float] = {}
         if self.matches and self.score_rule != "itc" and wanted > 0:
             first = order[:wanted]
@@ -147,15 +162,14 @@ class Model:
     def _encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         if isinstance(texts, str):
             raise TypeError("expected a list of texts, not one text")
-        require(self.network, EncodesTexts, "encode_texts")
-        assert isinstance(self.network, EncodesTexts)
+        encode = text_encoder(self.network, "reading texts")
         if not texts:
             raise ValueError("there are no texts")
         parts = []
         with torch.no_grad():
             for low in range(0, len(texts), BATCH):
                 batch = TextBatch.of(self.tokenizer.encode(list(texts[low : low + BATCH])))
-                parts.append(self.network.encode_texts(batch.to(self.device)))
+                parts.append(encode(batch.to(self.device)))
         segments = parts[0].segments
         for part in parts[1:]:
             segments = segments + part.segments
@@ -174,7 +188,7 @@ class Model:
         found = []
         with torch.no_grad():
             for part in _parts(list(chosen), max(1, PAIRS // count)):
-                memory = self.network.project_images(gallery.tokens[part].to(self.device))
+                memory = self.network.project_images(_on(_some(gallery.tokens, part), self.device))
                 for low in range(0, count, PAIRS):
                     some = range(low, min(low + PAIRS, count))
                     pairs = [(i, t) for i in range(len(part)) for t in some]
@@ -184,6 +198,19 @@ class Model:
             per_picture = -(-count // PAIRS)
             found = [torch.cat(found[i : i + per_picture], dim=1) for i in range(0, len(found), per_picture)]
         return torch.cat(found)
+
+
+def _on(tokens: Tensor | Ragged, device: torch.device | str) -> Tensor | Ragged:
+    return tokens.to(device) if isinstance(tokens, Tensor) else tokens.map(lambda rows: rows.to(device))
+
+
+def _some(tokens: Tensor | Ragged, pictures: list[int]) -> Tensor | Ragged:
+    return tokens[pictures] if isinstance(tokens, Tensor) else tokens.select(pictures)
+
+
+def _joined(parts: list[Tensor | Ragged]) -> Tensor | Ragged:
+    ragged = [part for part in parts if isinstance(part, Ragged)]
+    return Ragged.cat(ragged) if ragged else torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
 def _parts(items: list[int], size: int) -> Iterator[list[int]]:

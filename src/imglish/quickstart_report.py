@@ -29,10 +29,9 @@ QUERIES = 6  # of a language and split
 def scores_of(outcome: Outcome, ranking: str, split: Split) -> Tensor:
     """Quadruple scores ``(Q, 2, 2)`` of ``towers``, ``reranked`` (the fusion) or ``rival``."""
     binding = outcome.measured["rival" if ranking == "rival" else "main", split].binding
-    if ranking != "reranked":
-        return binding.tower_scores
-    assert binding.fusion_scores is not None
-    return binding.fusion_scores
+    scores = binding.fusion_scores if ranking == "reranked" else binding.tower_scores
+    assert scores is not None
+    return scores
 
 
 def binding_table(outcome: Outcome) -> dict[str, dict[str, dict[str, float]]]:
@@ -50,7 +49,8 @@ def recall_table(outcome: Outcome) -> dict[str, dict[str, dict[str, float]]]:
     table: dict[str, dict[str, dict[str, float]]] = {ranking: {} for ranking in RANKINGS}
     for split in outcome.benchmarks:
         main, rival = (outcome.measured[name, split].retrieval for name in ("main", "rival"))
-        table["towers"][split], table["reranked"][split], table["rival"][split] = main.towers, main.best, rival.towers
+        assert main.towers is not None
+        table["towers"][split], table["reranked"][split], table["rival"][split] = main.towers, main.best, rival.best
     return table
 
 

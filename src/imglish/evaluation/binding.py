@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from imglish.evaluation.encoding import DEFAULT_MACHINE, Encodes, Machine, encode_captions, encode_pictures
 from imglish.evaluation.metrics import binding_scores
 from imglish.evaluation.rerank import PairList, ScoreRule, match_pairs, pair_scores
-from imglish.models.capabilities import Matches
+from imglish.models.capabilities import Matches, has_towers
 
 Picture = TypeVar("Picture")
 
@@ -30,14 +30,15 @@ class Quadruple(Generic[Picture]):
 
 @dataclass(frozen=True)
 class BindingResult:
-    """Percent of right quadruples, under ``text``, ``image`` and ``group``; fusion is None without a fusion tower.
+    """Percent of right quadruples, under ``text``, ``image`` and ``group``; towers and fusion are None for a model
+    without them.
 
     tower_scores, fusion_scores: ``(Q, 2, 2)``, picture by caption.
     """
 
-    towers: dict[str, float]
+    towers: dict[str, float] | None
     fusion: dict[str, float] | None
-    tower_scores: Tensor
+    tower_scores: Tensor | None
     fusion_scores: Tensor | None
 
 
@@ -76,9 +77,10 @@ def evaluate_binding(
                 fusion = pair_scores(logits[place], towers.flatten(), rule).view(count, 2, 2)
     finally:
         model.train(training)
+    aligned = has_towers(model)
     return BindingResult(
-        towers=binding_scores(towers),
+        towers=binding_scores(towers) if aligned else None,
         fusion=binding_scores(fusion) if fusion is not None else None,
-        tower_scores=towers,
+        tower_scores=towers if aligned else None,
         fusion_scores=fusion,
     )

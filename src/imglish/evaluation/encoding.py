@@ -17,7 +17,7 @@ from imglish.data.images import ImageTransform, decode
 from imglish.data.records import Record
 from imglish.evaluation.sharing import blocks, mine, share
 from imglish.evaluation.tokens import TokenStore
-from imglish.models.capabilities import EncodedTexts, EncodesImages, EncodesTexts, require
+from imglish.models.capabilities import EncodedTexts, image_encoder, text_encoder
 from imglish.nn.segments import Segments
 from imglish.objectives.gather import rank
 
@@ -91,23 +91,23 @@ def encode_pictures(
     machine: Machine,
     store: TokenStore | None = None,
 ) -> Tensor:
-    """Features ``(I, E)`` float32 of all pictures on the model's device, the same on all ranks.
+    """Features ``(I, E)`` float32 of all pictures on the model's device, the same on all ranks (E = 0 for a model
+    without towers).
 
     load: a picture as ``(3, H, W)``, called in threads; store: takes the tokens of this rank's blocks.
     """
-    require(model, EncodesImages, "retrieval")
-    assert isinstance(model, EncodesImages)
+    encode = image_encoder(model, "retrieval")
     device = device_of(model)
     parts = blocks(len(pictures), machine.image_block)
     own: dict[int, Tensor] = {}
     with torch.no_grad(), machine.bar(len(mine(len(parts))), "pictures", "block") as bar:
         for block, images in _loaded(pictures, parts, load, machine.decoders):
             with machine.arithmetic(device):
-                encoded = model.encode_images(images.to(device, non_blocking=True))
+                encoded = encode(images.to(device, non_blocking=True))
             own[block] = encoded.features.float()
             if store is not None:
                 if encoded.tokens is None:
-                    raise TypeError(f"{type(model).__name__}.encode_images gave no tokens to rerank with")
+                    raise TypeError(f"{type(model).__name__} gave no tokens to rerank with")
                 store.put(block, encoded.tokens)
             bar.update()
     return torch.cat([share(own.pop(block, None), block, device) for block in range(len(parts))])
@@ -137,8 +137,7 @@ def encode_captions(
 ) -> EncodedTexts:
     """Features ``(T, E)`` float32 of all captions on the model's device, the same on all ranks; ``keep_rows``: with
     their packed states ``(rows, D)`` for a fusion tower, kept as ``machine.token_dtype``."""
-    require(model, EncodesTexts, "retrieval")
-    assert isinstance(model, EncodesTexts)
+    encode = text_encoder(model, "retrieval")
     device = device_of(model)
     tokens = tokenizer.encode(list(captions))
     parts = blocks(len(captions), machine.text_block)
@@ -147,7 +146,7 @@ def encode_captions(
         for block in mine(len(parts)):
             batch = TextBatch.of([tokens[i] for i in parts[block]]).to(device)
             with machine.arithmetic(device):
-                own[block] = model.encode_texts(batch)
+                own[block] = encode(batch)
             bar.update()
     features, rows = [], []
     dtype = getattr(torch, machine.token_dtype)
@@ -156,7 +155,7 @@ def encode_captions(
         features.append(share(part.features.float() if part else None, block, device))
         if keep_rows:
             if part is not None and part.rows is None:
-                raise TypeError(f"{type(model).__name__}.encode_texts gave no rows to match with")
+                raise TypeError(f"{type(model).__name__} gave no rows to match with")
             rows.append(share(part.rows.to(dtype) if part and part.rows is not None else None, block, device))
     return EncodedTexts(
         torch.cat(features), Segments.of(len(ids) for ids in tokens), torch.cat(rows) if keep_rows else None

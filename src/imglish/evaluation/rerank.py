@@ -18,7 +18,7 @@ from imglish.evaluation.encoding import Machine, device_of
 from imglish.evaluation.sharing import add_up, blocks, from_first, mine
 from imglish.evaluation.tokens import TokenStore
 from imglish.models.capabilities import EncodedTexts, Matches, require
-from imglish.nn.segments import upload_index
+from imglish.nn.segments import Ragged, upload_index
 
 ScoreRule = Literal["itm", "itm_probability", "itm+itc"]
 """What a pair is ranked by. ``itm``: the logit of "matched" alone, as ALBEF's evaluation does; ``itm_probability``:
@@ -110,21 +110,21 @@ def match_pairs(
 
 def _match_block(
     model: Matches,
-    tokens: Tensor,
+    tokens: Tensor | Ragged,
     texts: EncodedTexts,
     images: np.ndarray,
     captions: np.ndarray,
     machine: Machine,
     done: Callable[[int], object],
 ) -> Tensor:
-    """Logits ``(P, 2)`` on the host of the pairs (row of ``tokens``, caption); ``images`` ascends."""
+    """Logits ``(P, 2)`` on the host of the pairs (picture of ``tokens``, caption); ``images`` ascends."""
     assert isinstance(model, nn.Module)
     assert texts.rows is not None
     device, dtype = device_of(model), next(model.parameters()).dtype
     places, scored = [], []
     with machine.arithmetic(device):
         for members, place, member in _groups(images, machine.pair_block):
-            memory = model.project_images(tokens[torch.from_numpy(members)].to(device, dtype))
+            memory = model.project_images(_chosen(tokens, members, device, dtype))
             for low in range(0, len(place), machine.pair_block):
                 some = slice(low, low + machine.pair_block)
                 chosen, text_index = np.unique(captions[place[some]], return_inverse=True)
@@ -136,6 +136,13 @@ def _match_block(
     logits = torch.empty(len(images), 2)
     logits[torch.from_numpy(np.concatenate(places))] = torch.cat(scored).cpu()  # the device is waited for only here
     return logits
+
+
+def _chosen(tokens: Tensor | Ragged, members: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor | Ragged:
+    """The tokens of some pictures on the model's device."""
+    if isinstance(tokens, Tensor):
+        return tokens[torch.from_numpy(members)].to(device, dtype)
+    return tokens.select(members).map(lambda rows: rows.to(device, dtype))
 
 
 def _groups(images: np.ndarray, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

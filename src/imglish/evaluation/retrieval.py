@@ -28,7 +28,9 @@ from imglish.evaluation.rerank import (
     nearest,
     pair_scores,
 )
-from imglish.models.capabilities import EncodedTexts, Matches
+from imglish.models.capabilities import EncodedTexts, Matches, can, has_towers
+
+UNASKED = 1_000_000  # pairs that a model without towers scores without ``all_pairs``
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class RetrievalConfig:
     """What to measure.
 
     rerank: how many candidates of each query the fusion scores, both ways (0: towers only); all_pairs: it scores every
-    pair, for sets of up to ``all_pairs_limit`` pairs; sweep: also report recalls for these smaller k (no extra work of
+    pair, for sets of up to ``all_pairs_limit`` pairs (a model without towers always does, unasked up to
+    :data:`UNASKED` pairs); sweep: also report recalls for these smaller k (no extra work of
     the model); ks: which R@k; ties: who wins ties, see :data:`imglish.evaluation.metrics.TIES`; score_rule: see
     :data:`imglish.evaluation.rerank.ScoreRule`; examples: length of the lists kept for reports.
     """
@@ -82,8 +85,8 @@ class Lists:
 class RetrievalResult:
     """Recalls in percent under the names of :func:`imglish.evaluation.metrics.recalls`, and how they were measured.
 
-    towers: by dot product; reranked: with the first ``rerank`` candidates ordered by the fusion, or None; sweep: k ->
-    the same for smaller k; image_to_image, text_to_text: where the data allow; pairs: how many pairs the fusion scored;
+    towers: by dot product, None for a model without towers; reranked: with the first ``rerank`` candidates ordered by
+    the fusion, or None (one of the two is there); sweep: k -> the same for smaller k; image_to_image, text_to_text: where the data allow; pairs: how many pairs the fusion scored;
     seconds: wall clock of each part; notes: what was clamped or left out. tower_lists, reranked_lists: for examples,
     not part of :meth:`to_dict`.
     """
@@ -94,24 +97,26 @@ class RetrievalResult:
     score_rule: str
     ties: str
     pairs: int
-    towers: dict[str, float]
+    towers: dict[str, float] | None
     reranked: dict[str, float] | None
     sweep: dict[int, dict[str, float]]
     image_to_image: dict[str, float] | None
     text_to_text: dict[str, float] | None
     seconds: dict[str, float]
     notes: tuple[str, ...]
-    tower_lists: Lists = field(repr=False, compare=False)
+    tower_lists: Lists | None = field(repr=False, compare=False)
     reranked_lists: Lists | None = field(repr=False, compare=False)
 
     @property
     def best(self) -> dict[str, float]:
         """The reranked recalls where there are any, else those of the towers: what a training run watches."""
-        return self.reranked if self.reranked is not None else self.towers
+        found = self.reranked if self.reranked is not None else self.towers
+        assert found is not None
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the lists."""
-        found = asdict(replace(self, tower_lists=_NOTHING, reranked_lists=None))
+        found = asdict(replace(self, tower_lists=None, reranked_lists=None))
         del found["tower_lists"], found["reranked_lists"]
         return found
 
@@ -120,12 +125,12 @@ class RetrievalResult:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """The table as headers and rows of text: a line for each way of ranking."""
-        ks = [name.removeprefix("t2i_r") for name in self.towers if name.startswith("t2i_r")]
+        ks = [name.removeprefix("t2i_r") for name in self.best if name.startswith("t2i_r")]
         headers = ["ranking"]
         for way in ("text→image", "image→text"):  # the direction stands in the first of its columns
             headers += [f"{way} R@{k}" if k == ks[0] else f"R@{k}" for k in ks]
         headers += ["mean", "ties"]
-        lines = [self._row("towers", self.towers, ks)]
+        lines = [self._row("towers", self.towers, ks)] if self.towers is not None else []
         for k, table in sorted(self.sweep.items()):
             lines.append(self._row(f"reranked, first {k}", table, ks))
         if self.reranked is not None:
@@ -161,9 +166,6 @@ class RetrievalResult:
             parts.append(text_table(headers, lines))
         parts += [f"note: {note}" for note in self.notes]
         return "\n".join(parts)
-
-
-_NOTHING = Lists(*(torch.zeros(0),) * 4)
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -223,14 +225,15 @@ def evaluate_retrieval(
     transform: how a picture is brought to the model's size, or a function that gives a record's picture as
     ``(3, H, W)``; left out, as the model's ``config.image`` says.
     Pictures whose records share a ``group`` find each other in picture-to-picture search; without groups there is none.
-    The model is evaluated as ``eval()`` and put back. Raises ``MissingCapabilityError`` for a model without towers;
-    without a fusion tower the reranking is left out, and said.
+    The model is evaluated as ``eval()`` and put back. Without a fusion tower the reranking is left out, and said; a
+    model without towers scores every pair. Raises ``MissingCapabilityError`` for a model with neither.
     """
     if not records:
         raise ValueError("there are no records to evaluate on")
     pictures, captions, owner = merge_pictures(records)
     notes = [remark] if (remark := beyond(config.ks, min(len(pictures), len(captions)))) else []
-    k = _how_many(config, len(pictures), len(captions), isinstance(model, Matches), notes)
+    towers = has_towers(model)
+    k = how_many(config, len(pictures), len(captions), model, notes)
     training = model.training
     model.eval()
     seconds: dict[str, float] = {}
@@ -247,7 +250,7 @@ def evaluate_retrieval(
                 notes.append(f"{store.on_disk()} blocks of image tokens did not fit into token_memory: kept on disk")
     finally:
         model.train(training)
-    within = _within(encoded, _labels(pictures), config, notes)
+    within = _within(encoded, _labels(pictures), config, notes) if towers else (None, None)
     return RetrievalResult(
         images=len(pictures),
         texts=len(captions),
@@ -255,14 +258,14 @@ def evaluate_retrieval(
         score_rule=config.score_rule,
         ties=config.ties,
         pairs=pairs,
-        towers=tables[0],
+        towers=tables.get(0),
         reranked=tables.get(k) if k else None,
         sweep={size: table for size, table in tables.items() if 0 < size < k},
         image_to_image=within[0],
         text_to_text=within[1],
         seconds=seconds,
         notes=tuple(notes),
-        tower_lists=lists[0],
+        tower_lists=lists.get(0),
         reranked_lists=lists.get(k) if k else None,
     )
 
@@ -276,19 +279,33 @@ def _loader(
     return picture_loader(transform) if isinstance(transform, ImageTransform) else transform
 
 
-def _how_many(config: RetrievalConfig, images: int, texts: int, matches: bool, notes: list[str]) -> int:
-    """How many candidates to rerank; what differs from the wish is noted."""
+def how_many(config: RetrievalConfig, images: int, texts: int, model: object, notes: list[str]) -> int:
+    """How many candidates to rerank, 0 for none; what differs from the wish is noted, what cannot be is a ValueError.
+
+    model: the model, or its class.
+    """
+    towers, fuses = has_towers(model), can(model, Matches)
+    if not fuses:
+        if config.rerank or config.all_pairs:
+            notes.append("the model has no fusion tower: towers only")
+        return 0
+    everything = f"{images} pictures x {texts} captions are {images * texts:,} pairs"
+    if not towers:
+        most = config.all_pairs_limit if config.all_pairs else min(UNASKED, config.all_pairs_limit)
+        if images * texts > most:
+            raise ValueError(
+                f"the model has no towers, so it reads every pair: {everything}, more than {most:,}; take fewer "
+                "pictures (--limit, validation.limit)" + ("" if config.all_pairs else " or ask for it (--all-pairs)")
+            )
+        notes.append(f"the model has no towers: it has read every pair, {images * texts:,}")
+        return max(images, texts)
     wanted = config.rerank
     if config.all_pairs:
         if images * texts > config.all_pairs_limit:
             raise ValueError(
-                f"all_pairs: {images} pictures x {texts} captions are {images * texts:,} pairs, more than "
-                f"all_pairs_limit={config.all_pairs_limit:,}; use rerank=k"
+                f"all_pairs: {everything}, more than all_pairs_limit={config.all_pairs_limit:,}; use rerank=k"
             )
         wanted = max(images, texts)
-    if wanted and not matches:
-        notes.append("the model has no fusion tower: towers only")
-        return 0
     if wanted > min(images, texts) and not config.all_pairs:
         notes.append(f"rerank={wanted} is clamped to the set: {images} pictures, {texts} captions")
     return min(wanted, max(images, texts))
@@ -297,14 +314,18 @@ def _how_many(config: RetrievalConfig, images: int, texts: int, matches: bool, n
 def _all_rankings(
     model: nn.Module, encoded: _Encoded, store: Any, k: int, config: RetrievalConfig, seconds: dict[str, float]
 ) -> tuple[dict[int, dict[str, float]], dict[int, Lists], int]:
-    """Recall tables and lists by number of reranked candidates (0: towers), and how many pairs were scored."""
+    """Recall tables and lists by number of reranked candidates (0: towers), and how many pairs were scored.
+
+    Without towers all cosines are zero, there is no table for 0, and ``k`` is everything.
+    """
     images, texts = len(encoded.pictures), len(encoded.owner)
     shown = {True: min(max(k, config.examples), texts), False: min(max(k, config.examples), images)}
     began = time.perf_counter()
     near = {way: nearest(*encoded.towers(way)[:2], shown[way]) for way in (True, False)}
     found = {way: _cosines(encoded, near, way) for way in (True, False)}
     tables, lists = {}, {}
-    tables[0], lists[0] = _ranking(encoded, near, found, 0, config)
+    if has_towers(model):
+        tables[0], lists[0] = _ranking(encoded, near, found, 0, config)
     seconds["towers"] = time.perf_counter() - began
     if not k:
         return tables, lists, 0
@@ -319,7 +340,7 @@ def _all_rankings(
         flat = pair_scores(logits[place.flatten()], found[way][:, :k].flatten(), config.score_rule)
         scores[way] = flat.view(place.shape)
     seconds["reranking"] = time.perf_counter() - began
-    for size in sorted({min(s, k) for s in config.sweep} | {k}):
+    for size in sorted({min(s, k) for s in config.sweep if tables} | {k}):
         tables[size], lists[size] = _ranking(encoded, near, scores, size, config)
     return tables, lists, len(pairs)
 

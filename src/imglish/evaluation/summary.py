@@ -37,8 +37,10 @@ def retrieval_report(
 
 
 def _sweep(report: Report, result: RetrievalResult) -> None:
-    tables = {0: result.towers, **result.sweep, result.rerank: result.best}
-    names = [name for name in result.towers if name.startswith(("t2i_r", "i2t_r"))]
+    tables = {**result.sweep, result.rerank: result.best}
+    if result.towers is not None:
+        tables[0] = result.towers
+    names = [name for name in result.best if name.startswith(("t2i_r", "i2t_r"))]
     curves = {
         name.replace("t2i_r", "text→image R@").replace("i2t_r", "image→text R@"): [
             (float(k), table[name]) for k, table in sorted(tables.items())
@@ -61,7 +63,7 @@ def _examples(report: Report, result: RetrievalResult, records: Sequence[Record]
     lead = best.score[:, 0] - best.score[:, min(1, best.score.shape[1] - 1)]
     page.section("Most confident mistakes", mistakes, _top(lead, wrong))
     page.section("Worst", "The right picture came last.", _top(best.rank.double(), wrong))
-    if result.reranked_lists is not None:
+    if result.reranked_lists is not None and result.tower_lists is not None:
         gain = (result.tower_lists.rank - result.reranked_lists.rank).double()
         helped, hurt = (gain > 0).nonzero().flatten(), (gain < 0).nonzero().flatten()
         page.section("Where reranking helped most", f"It helped {len(helped)} queries.", _top(gain, helped))
@@ -82,13 +84,14 @@ class _Page:
         pictures: Sequence[Record],
         captions: Sequence[str],
         owner: Tensor,
-        towers: Lists,
+        towers: Lists | None,
         reranked: Lists | None,
     ) -> None:
         self.report = report
         self.pictures, self.captions, self.owner = pictures, captions, owner
-        self.rankings = {"towers": towers} | ({"reranked": reranked} if reranked is not None else {})
-        self.best = reranked if reranked is not None else towers
+        known = {"towers": towers, "reranked": reranked}
+        self.rankings = {name: lists for name, lists in known.items() if lists is not None}
+        self.best = list(self.rankings.values())[-1]
 
     def section(self, title: str, text: str, queries: Tensor) -> None:
         if not len(queries):

@@ -86,7 +86,7 @@ class Negatives:
 def join_memories(first: ImageMemory, second: ImageMemory) -> ImageMemory:
     """The pictures of ``first``, then those of ``second``."""
     layers = tuple(
-        (torch.cat([k1, k2]), torch.cat([v1, v2]))
-        for (k1, v1), (k2, v2) in zip(first.layers, second.layers, strict=True)
+        tuple(torch.cat(pair) for pair in zip(mine, others, strict=True))
+        for mine, others in zip(first.layers, second.layers, strict=True)
     )
     return ImageMemory(layers, first.segments + second.segments)

@@ -7,7 +7,7 @@ the host, because they come from the collation there: nothing here ever waits fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -124,6 +124,34 @@ class Segments:
         if (name, device) not in self._on_device:
             self._on_device[name, device] = _upload(values, dtype, device)
         return self._on_device[name, device]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Packed rows together with their segments: ``rows (T, ...)``; the sequences may differ in length."""
+
+    rows: Tensor
+    segments: Segments
+
+    def __len__(self) -> int:
+        """N, the number of sequences."""
+        return self.segments.count
+
+    def select(self, order: Iterable[int]) -> Ragged:
+        """The sequences in ``order``; one may occur many times."""
+        chosen = list(order)
+        index = upload_index(self.segments.rows_of(chosen), self.rows.device)
+        return Ragged(self.rows[index], self.segments.select(chosen))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Ragged:
+        """The same with ``change`` applied to the rows (their number must stay)."""
+        return Ragged(change(self.rows), self.segments)
+
+    @staticmethod
+    def cat(parts: Sequence[Ragged]) -> Ragged:
+        """The sequences of all parts, one behind the other."""
+        lengths = tuple(n for part in parts for n in part.segments.lengths)
+        return Ragged(torch.cat([part.rows for part in parts]), Segments(lengths))
 
 
 @dataclass(frozen=True)

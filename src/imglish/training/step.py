@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from imglish.data.batch import Batch, MaskedTexts, TextBatch
-from imglish.models.capabilities import Embedded, Trainable, require
+from imglish.models.capabilities import Contrastive, Embedded, Trainable, require
 from imglish.nn.segments import Segments
 from imglish.objectives.gather import rank, world_size
 
@@ -82,7 +83,7 @@ class _Summed(nn.Module):
         self.model = model
 
     def forward(
-        self, batch: Batch, teacher: Any, feature_grads: Embedded | None, share: float, also: list[nn.Parameter]
+        self, batch: Batch, teacher: Any, feature_grads: Embedded | None, share: float, also: Sequence[nn.Parameter]
     ) -> tuple[Tensor, Losses]:
         losses: Losses = self.model(batch, teacher, feature_grads)
         terms = [
@@ -116,7 +117,7 @@ class Stepper:
         self.model, self.teacher, self.settings = model, teacher, settings
         self.device = next(model.parameters()).device
         require(model, Trainable, "training")
-        self._trainable: Any = model
+        self._contrastive: Any = model if isinstance(model, Contrastive) else None
         self._summed: nn.Module = _Summed(model)
         self.idle: list[str] = []
         if world_size() > 1:
@@ -140,30 +141,46 @@ class Stepper:
         return self._accumulate(moved, step)
 
     def _accumulate(self, parts: list[Batch], step: int) -> Losses:
+        if self._contrastive is None:
+            return self._add_up(parts, step)
         cached: list[Embedded] = []
         for i, part in enumerate(parts):
             self._seed(step, i)
             with torch.no_grad(), self._autocast():
-                cached.append(replace(self._trainable.embed(part, self.teacher), towers=None))
+                cached.append(replace(self._contrastive.embed(part, self.teacher), towers=None))
         leaves = _concatenate(cached)
         with self._autocast():
-            contrast = self._trainable.contrast(leaves, self.teacher)
+            contrast = self._contrastive.contrast(leaves, self.teacher)
         terms = [value.float() for name, value in contrast.items() if not name.startswith("metric/")]
         if terms:
             torch.stack(terms).sum().backward()
         also = [p for p in self.model.parameters() if p.grad is not None]
         sums: Losses = {name: value.detach() for name, value in contrast.items()}
         size = len(parts[0])
+        slices = [_gradients(leaves, slice(i * size, (i + 1) * size)) if terms else None for i in range(len(parts))]
+        for name, value in self._add_up(parts, step, slices, also).items():
+            if name not in contrast and (not terms or name != SURROGATE):
+                sums[name] = value
+        return sums
+
+    def _add_up(
+        self,
+        parts: list[Batch],
+        step: int,
+        grads: Sequence[Embedded | None] | None = None,
+        also: Sequence[nn.Parameter] = (),
+    ) -> Losses:
+        """Gradients of the mean over the parts, one backward pass each; returns the means of their losses."""
+        sums: Losses = {}
         for i, part in enumerate(parts):
-            grads = _gradients(leaves, slice(i * size, (i + 1) * size)) if terms else None
             with self._unsynchronised(i < len(parts) - 1):
                 self._seed(step, i)
                 with self._autocast():
-                    total, losses = self._summed(part, self.teacher, grads, 1 / len(parts), also)
+                    feature_grads = None if grads is None else grads[i]
+                    total, losses = self._summed(part, self.teacher, feature_grads, 1 / len(parts), also)
                 total.backward()
             for name, value in losses.items():
-                if name not in contrast and (grads is None or name != SURROGATE):
-                    sums[name] = sums.get(name, 0.0) + value.detach() / len(parts)
+                sums[name] = sums.get(name, 0.0) + value.detach() / len(parts)
         return sums
 
     def _freeze_idle(self, batch: Batch) -> list[str]:
