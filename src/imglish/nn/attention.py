@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imglish.nn.cache import LayerCache
 from imglish.nn.segments import Rows, Segments
 
 
@@ -20,6 +22,8 @@ def attend(
     k_segments: Segments,
     causal: bool = False,
     dropout: float = 0.0,
+    bias: Tensor | None = None,
+    q_positions: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of query sequence n over key sequence n, for every n.
 
@@ -27,6 +31,10 @@ def attend(
     has as many sequences; ``causal`` needs equal lengths of both. Returns ``(T, heads, head_dim)``. Sequences of one
     length are a free view; otherwise half precision on CUDA uses the variable-length kernel, and everything else
     a padded view that exists inside this call only. A query sequence with rows needs a key sequence with rows.
+
+    bias: ``(heads or 1, L, L)``, added to the scores of the query and the key at these positions of their sequence, for
+    the longest key sequence L; q_positions: int64 ``(T,)``, which of the key positions each query row is (None: the
+    query sequences are the key sequences). A bias keeps the variable-length kernel from being used.
     """
     if q_segments.count != k_segments.count:
         raise ValueError(f"{q_segments.count} query sequences meet {k_segments.count} key sequences")
@@ -35,7 +43,7 @@ def attend(
     if q_segments.total == 0:
         return q_THd
     device = q_THd.device
-    ragged = not (q_segments.uniform and k_segments.uniform)
+    ragged = not (q_segments.uniform and k_segments.uniform) and bias is None
     if ragged and device.type == "cuda" and q_THd.dtype in (torch.float16, torch.bfloat16) and not dropout:
         from torch.nn.attention.varlen import varlen_attn  # a second of imports that only this branch needs
 
@@ -56,10 +64,14 @@ def attend(
         mask = k_segments.valid(device)[:, None, None, :]
         if causal:
             mask = mask & torch.ones(k_segments.longest, k_segments.longest, device=device).tril().bool()
+    if bias is not None:
+        mask = _biased(bias, mask, q_segments, q_positions)
     dtype = q_THd.dtype
     single = device.type == "cpu" and dtype in (torch.float16, torch.bfloat16)
     if single:  # the CPU kernel's backward pass is several times slower in half precision than in float32
         q_THd, k_SHd, v_SHd = q_THd.float(), k_SHd.float(), v_SHd.float()
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q_THd.dtype)
     with torch.autocast(device.type, enabled=False) if single else nullcontext():
         out_NHLd = F.scaled_dot_product_attention(
             _sequences(q_THd, q_segments),
@@ -73,6 +85,14 @@ def attend(
     if q_segments.uniform:
         return out_NLHd.reshape(q_THd.shape)
     return out_NLHd.flatten(0, 1)[q_segments.slots(device)]
+
+
+def _biased(bias: Tensor, mask: Tensor | None, q_segments: Segments, q_positions: Tensor | None) -> Tensor:
+    """Scores to add: ``bias`` at the rows of the queries, minus infinity where ``mask`` says that no key is."""
+    scores = bias[None]
+    if q_positions is not None:
+        scores = _sequences(bias.transpose(0, 1)[q_positions], q_segments)  # (N, L, heads, K) seen as (N, heads, L, K)
+    return scores if mask is None else scores.masked_fill(~mask, -math.inf)
 
 
 def _sequences(x_THd: Tensor, segments: Segments) -> Tensor:
@@ -97,11 +117,23 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_TD: Tensor, segments: Segments, causal: bool = False, read: Rows | None = None) -> Tensor:
-        """``(T, D)`` -> ``(T, D)``, or ``(M, D)`` for the M rows of ``read`` (then keys and values see all T)."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        segments: Segments,
+        causal: bool = False,
+        read: Rows | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """``(T, D)`` -> ``(T, D)``, or ``(M, D)`` for the M rows of ``read`` (then keys and values see all T).
+
+        With ``cache`` the rows are the newest of their sequences: they see what is kept of these, then are kept too.
+        """
         dropout = self.dropout if self.training else 0.0
         if read is None:
             q, k, v = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
+            if cache is not None:
+                return self._merge(cache.attend(q, k, v))
             return self._merge(attend(q, k, v, segments, segments, causal, dropout))
         if causal and read.segments != Segments.equal(segments.count, 1):
             raise ValueError("causal attention can read all rows or the last row of each sequence")

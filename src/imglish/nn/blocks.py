@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imglish.nn.attention import CrossAttention, Memory, SelfAttention
+from imglish.nn.cache import LayerCache
 from imglish.nn.segments import Rows, Segments
 
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
@@ -111,15 +112,19 @@ class Block(nn.Module):
         memory: Memory | None = None,
         causal: bool = False,
         read: Rows | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """``(T, D)`` -> ``(T, D)``; with ``read``, only its M rows are carried on: ``(M, D)``.
+
+        ``cache``: the rows are the newest of their sequences, whose earlier rows it keeps (causal decoding, token by
+        token; not together with ``read``).
 
         ``memory`` is needed by a block with cross-attention, unless the text is to be encoded on its own
         (BLIP's mode "text"), where the cross-attention is left out.
         """
 
         kept = x_TD if read is None else x_TD[read.index]
-        h = self.attn(self.norm1(x_TD) if self.pre_norm else x_TD, segments, causal, read)
+        h = self.attn(self.norm1(x_TD) if self.pre_norm else x_TD, segments, causal, read, cache)
         x = self._add(kept, self.scale1(h), self.norm1)
         if self.cross is not None and memory is not None:
             rows = segments if read is None else read.segments

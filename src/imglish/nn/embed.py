@@ -90,13 +90,16 @@ class BertEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, texts: TextBatch) -> Tensor:
-        if texts.segments.longest > self.positions.num_embeddings:
+    def forward(self, texts: TextBatch, positions: Tensor | None = None) -> Tensor:
+        """positions: int64 ``(T,)`` of the tokens, where the texts are continued; default: counted from each start."""
+        if positions is None and texts.segments.longest > self.positions.num_embeddings:
             raise ValueError(
                 f"a text has {texts.segments.longest} tokens, the model takes {self.positions.num_embeddings}: "
                 "tokenize with a smaller max_length"
             )
-        x = self.words(texts.ids) + self.positions(texts.segments.positions(texts.ids.device))
+        if positions is None:
+            positions = texts.segments.positions(texts.ids.device)
+        x = self.words(texts.ids) + self.positions(positions)
         if self.types is not None:
             x = x + self.types.weight[0]
         out: Tensor = self.dropout(self.norm(x))
