@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from imglish.data.batch import TextBatch
 from imglish.data.records import Record
 from imglish.models.capabilities import EncodedImages, EncodedTexts, ImageMemory
-from imglish.nn.segments import Segments
+from imglish.nn.segments import Ragged, Segments
 
 
 class Words:
@@ -67,6 +67,33 @@ class Fusion(Towers):
         captions = self._means(texts.rows, texts.segments)[list(text_index)]
         score = (F.normalize(images, dim=1) * F.normalize(captions, dim=1)).sum(1) * 20
         return torch.stack([score * 0.5, score], dim=1)
+
+
+class OneStream(nn.Module):
+    """No towers: pictures of any size become ragged rows, and a pair is scored as :class:`Fusion` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Fusion()
+        self.calls = self.inner.calls
+
+    def embed_images(self, images: Tensor) -> EncodedImages:
+        tokens = images.flatten(2).mT
+        rows = torch.cat([tokens[i, : 3 + i % 4] for i in range(len(tokens))])
+        return EncodedImages(
+            rows.new_zeros(len(images), 0), Ragged(rows, Segments.of(3 + i % 4 for i in range(len(images))))
+        )
+
+    def embed_texts(self, texts: TextBatch) -> EncodedTexts:
+        return EncodedTexts(self.inner.words.new_zeros(len(texts), 0), texts.segments, self.inner.words[texts.ids])
+
+    def project_images(self, tokens: Ragged) -> ImageMemory:
+        return ImageMemory(((tokens.rows[:, None],),), tokens.segments)
+
+    def match(
+        self, memory: ImageMemory, texts: EncodedTexts, image_index: Sequence[int], text_index: Sequence[int]
+    ) -> Tensor:
+        return self.inner.match(memory, texts, image_index, text_index)
 
 
 def pictures_of(model: Towers, captions: list[str], noise: float, seed: int = 0) -> Tensor:

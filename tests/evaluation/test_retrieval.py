@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import Tensor
 
 from imglish.data.batch import TextBatch
@@ -16,8 +17,9 @@ from imglish.data.records import Record
 from imglish.evaluation.encoding import Machine
 from imglish.evaluation.metrics import recalls
 from imglish.evaluation.retrieval import RetrievalConfig, RetrievalResult, evaluate_retrieval
+from imglish.evaluation.summary import retrieval_report
 from imglish.models.registry import named
-from tests.evaluation.fakes import Fusion, Towers, Words, a_set
+from tests.evaluation.fakes import Fusion, OneStream, Towers, Words, a_set
 
 
 def _machine(**changes: object) -> Machine:
@@ -48,6 +50,36 @@ def _dense(model: Fusion, records: list[Record], pixels: dict[int, Tensor]) -> t
         assert images.tokens is not None
         logits = model.match(model.project_images(images.tokens), texts, *map(list, zip(*pairs)))
     return images.features @ texts.features.T, logits[:, 1].view(len(records), -1), owner
+
+
+def test_a_model_without_towers_reads_every_pair(tmp_path: Path) -> None:
+    model = OneStream()
+    records, pixels = a_set(model.inner, count=20)
+    held = evaluate_retrieval(model, Words(), records, _config(4, sweep=(2,)), _load(pixels))
+    assert (held.towers, held.tower_lists, held.sweep, held.image_to_image) == (None, None, {}, None)
+    assert held.pairs == model.calls["pairs"] == 20 * 40
+    captions = [c for r in records for c in r.captions]
+    owner = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
+    with torch.no_grad():
+        scores = []
+        for block in range(0, 20, 7):  # the fake picture's length depends on its place in the block
+            images = model.embed_images(torch.stack([pixels[r.image_id] for r in records[block : block + 7]]))
+            texts = model.embed_texts(TextBatch.of(Words().encode(captions)))
+            pairs = [(i, t) for i in range(len(images.features)) for t in range(40)]
+            logits = model.match(model.project_images(images.tokens), texts, *map(list, zip(*pairs)))
+            scores.append(logits[:, 1].view(-1, 40))
+    assert held.best == pytest.approx(recalls(torch.cat(scores), owner))
+    assert "read every pair, 800" in held.text()
+    assert "all pairs" in held.text()
+    assert "towers  " not in held.text()
+    spilled = _config(0, machine=_machine(token_memory=1))
+    assert evaluate_retrieval(model, Words(), records, spilled, _load(pixels)).best == held.best
+    few = replace(_config(0), all_pairs_limit=700)
+    with pytest.raises(ValueError, match=r"no towers.*800 pairs.*fewer pictures"):
+        evaluate_retrieval(model, Words(), records, few, _load(pixels))
+    drawn = [replace(record, image=lambda: Image.new("RGB", (9, 5))) for record in records]
+    retrieval_report(held, drawn, "Every pair", {}).save(tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
 def test_towers_encode_each_picture_and_caption_once() -> None:
