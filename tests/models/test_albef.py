@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from imglish.data.batch import Batch, MaskedTexts, TextBatch
-from imglish.models import albef
+from imglish.models import aligned
 from imglish.models.albef import Albef, AlbefConfig, albef_base, albef_tiny
 from imglish.nn.segments import Rows, Segments
-from imglish.objectives.itm import negative_weights
+from imglish.objectives.itm import draw_negatives, negative_weights
 from imglish.objectives.momentum import MomentumTeacher
 
 
@@ -72,8 +72,8 @@ def plain_losses(model: Albef, batch: Batch, teacher: MomentumTeacher[Albef]) ->
     clean = states(batch.texts.ids, model)
     i2t = embedded.image @ text_m.T / model.temperature
     t2i = embedded.text @ image_m.T / model.temperature
-    neg_text = albef.draw_negatives(negative_weights(i2t, batch.image_ids, batch.image_ids), batch.draws[:, 1])
-    neg_image = albef.draw_negatives(negative_weights(t2i, batch.image_ids, batch.image_ids), batch.draws[:, 0])
+    neg_text = draw_negatives(negative_weights(i2t, batch.image_ids, batch.image_ids), batch.draws[:, 1])
+    neg_image = draw_negatives(negative_weights(t2i, batch.image_ids, batch.image_ids), batch.draws[:, 0])
     pairs = [(b, clean[b]) for b in range(count)]
     labels = [1] * count
     if batch.swapped is not None:
@@ -142,7 +142,7 @@ class FixedCopy:
 
 def step_flops(config: AlbefConfig, pairs: int, tokens: int, monkeypatch: Any) -> dict[str, float]:
     """FLOPs (2 a multiply-add) of forward + backward + teacher on shapes alone, by kind of work."""
-    monkeypatch.setattr(albef, "HostCopy", FixedCopy)
+    monkeypatch.setattr(aligned, "HostCopy", FixedCopy)
     batch = make_batch(replace(config, vision=config.vision), [tokens] * pairs)
     with torch.device("meta"):
         model = config.build()
