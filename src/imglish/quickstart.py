@@ -21,7 +21,7 @@ import torch
 
 from imglish.api import Model
 from imglish.checkpoints import native
-from imglish.data.images import ImageTransform
+from imglish.data.images import ImageTransform, decode
 from imglish.data.loader import training_batches
 from imglish.data.records import Record
 from imglish.data.scenes import SceneBenchmark, SceneConfig, SceneSource, Split
@@ -299,7 +299,7 @@ def _measure(model: Model, benchmark: SceneBenchmark, progress: bool) -> Measure
 
 def _search(models: dict[str, Model], benchmark: SceneBenchmark, split: Split) -> list[Searched]:
     """All queries of a split by the towers, by the towers with the fusion's reranking, and by the rival's towers."""
-    pictures = [record.image() for record in benchmark.records if callable(record.image)]
+    pictures = [decode(record.image, name=record.key) for record in benchmark.records]
     galleries = {name: model.gallery(pictures, keep_tokens=name == MAIN) for name, model in models.items()}
     rankings = {"towers": (MAIN, 0), "reranked": (MAIN, RERANK), "rival": (RIVAL, 0)}
     return [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from imglish.data.images import decode
 from imglish.data.scenes import SceneBenchmark, Split
 from imglish.evaluation.metrics import binding_correct
 from imglish.report import Report, Shown
@@ -241,8 +242,7 @@ def _found(query: Searched, benchmark: SceneBenchmark) -> Mapping[str, list[Show
     for ranking, title in RANKINGS.items():
         shown = []
         for number in query.found[ranking][:SHOWN]:
-            source = benchmark.records[number].image
-            assert callable(source)
-            shown.append(Shown(source(), good=number in query.relevant or None))
+            picture = decode(benchmark.records[number].image)
+            shown.append(Shown(picture, good=number in query.relevant or None))
         rows[title] = shown
     return rows

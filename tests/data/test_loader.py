@@ -13,6 +13,7 @@ from PIL import Image
 
 from imglish.data.batch import Batch
 from imglish.data.dataset import PairDataset, PictureCache, Purpose, stream
+from imglish.data.errors import DataError, Errors
 from imglish.data.images import ImageError, ImageTransform
 from imglish.data.loader import Position, epoch_order, training_batches
 from imglish.data.masking import MaskConfig
@@ -204,7 +205,7 @@ def test_the_next_readable_picture_stands_in_and_the_broken_one_is_logged_once(
     workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        batches = list(islice(training_batches(broken(8, (3, 4)), 8, workers=workers, max_unreadable=0.3), 3))
+        batches = list(islice(training_batches(broken(8, (3, 4)), 8, workers=workers, errors=Errors(0.3)), 3))
     for batch, _ in batches:
         assert sorted(batch.image_ids.tolist()) == [0, 1, 2, 5, 5, 5, 6, 7]
     lines = sorted(record.getMessage() for record in caplog.records)
@@ -214,8 +215,8 @@ def test_the_next_readable_picture_stands_in_and_the_broken_one_is_logged_once(
 
 
 def test_too_many_broken_pictures_stop_the_run() -> None:
-    with pytest.raises(ImageError, match=r"2 unreadable pictures among 8, .* 12\.50% .*picture-"):
-        list(islice(training_batches(broken(8, (3, 4)), 8, max_unreadable=0.125), 1))
+    with pytest.raises(DataError, match=r"2 of 8 pictures cannot be used .*not a picture.* 12\.50% .*picture-"):
+        list(islice(training_batches(broken(8, (3, 4)), 8, errors=Errors(0.125)), 1))
     with pytest.raises(ImageError, match="8 pictures in a row"):
         broken(8, tuple(range(8))).sample(0, 0, 0)
 

@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     import yaml
 
     from imglish.checkpoints.native import CheckpointError
+    from imglish.data.errors import DataError
     from imglish.data.images import ImageError
     from imglish.training.alarms import LossNotFinite
     from imglish.training.checkpoint import ResumeError
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     except (SettingsError, ResumeError) as error:
         print(f"imglish train: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, LossNotFinite, ImageError) as error:
+    except (CheckpointError, LossNotFinite, ImageError, DataError) as error:
         print(f"imglish train: {error}", file=sys.stderr)
         return 1
     if result.stopped is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -14,9 +14,13 @@ import torch
 from PIL import Image
 
 from imglish.data.batch import Batch, MaskedTexts, TextBatch
+from imglish.data.epochs import EpochItems
+from imglish.data.errors import Problem
 from imglish.data.images import Detail, ImageError, ImageTransform, decode_sized
 from imglish.data.masking import MaskConfig, mask_tokens
+from imglish.data.patch_masks import PatchMaskConfig
 from imglish.data.records import Record
+from imglish.data.sources.base import caption_counts, parts
 from imglish.data.text import CaptionStyle, clean_caption, mentions_side
 from imglish.data.tokenizers import Tokenizer
 
@@ -31,6 +35,7 @@ class Purpose(IntEnum):
     IMAGE = 2
     MASK = 3
     DRAW = 4
+    PATCHES = 5
 
 
 def stream(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Generator:
@@ -43,8 +48,8 @@ def stream(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Ge
 @dataclass(frozen=True)
 class Sample:
     """pixels: uint8 ``(size, size, 3)``; ids: of the caption; draws: two uniform numbers; masked: ids, positions,
-    labels of the MLM; more: ids of further captions of the picture, equally many in all samples; unreadable: messages
-    by key about pictures in whose place this one stands."""
+    labels of the MLM; more: ids of further captions of the picture, equally many in all samples; unreadable: the
+    pictures in whose place this one stands."""
 
     key: str
     pixels: np.ndarray
@@ -54,7 +59,7 @@ class Sample:
     masked: tuple[list[int], list[int], list[int]] | None
     swapped: list[int] | None
     more: tuple[list[int], ...] = ()
-    unreadable: dict[str, str] = field(default_factory=dict)
+    unreadable: tuple[Problem, ...] = ()
 
 
 class PairDataset:
@@ -62,7 +67,8 @@ class PairDataset:
 
     captions: ``"one"`` makes an item of every picture, with a random caption of its own each epoch; a number makes an
     item of every picture with so many of its captions at once (a picture that has fewer repeats some); ``"all"`` makes
-    an item of every caption. clean: clean-up of captions before the tokenizer. mlm: also mask the texts. swapped:
+    an item of every caption. tokenizer: None gives pictures alone, with texts of no token. clean: clean-up of captions
+    before the tokenizer. mlm: also mask the texts. mim: also mask the pictures, of ``patch`` pixels a patch. swapped:
     also give the wrong captions that the records hold. cache: keep pictures in memory after the first decoding, at
     ``transform.cache_size`` (shared by forked workers). detail: of decoding JPEGs, see :func:`images.decode_sized`.
     """
@@ -71,12 +77,14 @@ class PairDataset:
         self,
         records: Sequence[Record],
         transform: ImageTransform,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         captions: Literal["one", "all"] | int = "one",
         clean: CaptionStyle = "none",
         max_words: int = 30,
         mlm: MaskConfig | None = None,
+        mim: PatchMaskConfig | None = None,
+        patch: int = 16,
         swapped: bool = False,
         cache: bool = False,
         detail: Detail = "good",
@@ -85,12 +93,17 @@ class PairDataset:
             raise ValueError("a data set without records")
         if swapped and (lacking := next((record.key for record in records if not record.swapped), None)):
             raise ValueError(f"swapped captions are wanted, but {lacking} has none")
-        if mlm is not None:
+        if tokenizer is None and (swapped or mlm is not None):
+            raise ValueError("masked and swapped texts need a tokenizer")
+        if mlm is not None and tokenizer is not None:
             tokenizer.id_of("[MASK]")
         self.captions = captions if isinstance(captions, int) else 1
         if self.captions > 1 and (swapped or mlm is not None):
             raise ValueError("masked and swapped texts go with one caption a picture: set captions to one or all")
-        most = max(len(record.captions) for record in records)
+        counts = caption_counts(records)
+        if not counts.all():
+            raise ValueError(f"{records[int(counts.argmin())].key} has no caption")
+        most = int(counts.max())
         if not 1 <= self.captions <= most:
             raise ValueError(f"{self.captions} captions a picture are wanted, the records have up to {most}")
         self.records = records
@@ -99,38 +112,45 @@ class PairDataset:
         self.clean: CaptionStyle = clean
         self.max_words = max_words
         self.mlm = mlm
+        self.mim = mim
+        self.grid = (transform.size // patch, transform.size // patch)
         self.swapped = swapped
         self.detail: Detail = detail
         self.cache = PictureCache(len(records), transform.cache_size) if cache else None
-        self._items = (
-            [(r, c) for r, record in enumerate(records) for c in range(len(record.captions))]
-            if captions == "all"
-            else [(r, None) for r in range(len(records))]
-        )
+        self._starts = np.concatenate([[0], np.cumsum(counts)]) if captions == "all" else None  # items of each record
+        self._epoch = EpochItems.of(parts(records), self._starts)
 
     def __len__(self) -> int:
-        """Items in an epoch: pictures, or captions with ``captions="all"``."""
-        return len(self._items)
+        """Items in an epoch: pictures, or captions with ``captions="all"``; in a mixture as its weights say."""
+        return len(self._epoch)
+
+    def _place(self, seed: int, epoch: int, item: int) -> tuple[int, int | None]:
+        """Numbers of the record and, where each caption is an item, of the caption."""
+        number = self._epoch.item(seed, epoch, item)
+        if self._starts is None:
+            return number, None
+        record = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return record, number - int(self._starts[record])
 
     def sample(self, seed: int, epoch: int, item: int) -> Sample:
         """The item as it is in ``epoch``. An unreadable picture gives way to the next readable item, and is named.
 
         Raises :class:`ImageError` when too many in a row cannot be read.
         """
-        unreadable: dict[str, str] = {}
+        unreadable: list[Problem] = []
         for step in range(min(UNREADABLE_IN_A_ROW, len(self))):
-            number, caption = self._items[(item + step) % len(self)]
+            number, caption = self._place(seed, epoch, (item + step) % len(self))
             record = self.records[number]
             try:
                 picture, original = self._picture(number, (seed, epoch, item))
             except ImageError as error:
-                unreadable[record.key] = str(error)
+                unreadable.append(Problem(record.key, error.reason, str(error)))
                 continue
             rng = stream(seed, epoch, item, Purpose.IMAGE)
             may_flip = not any(map(mentions_side, record.captions)) if self.transform.flip else False
             pixels = self.transform(picture, rng, may_flip=may_flip, original=original)
-            return self._with_text(record, caption, pixels, (seed, epoch, item), unreadable)
-        last = next(reversed(unreadable.values()))
+            return self._with_text(record, caption, pixels, (seed, epoch, item), tuple(unreadable))
+        last = unreadable[-1].message
         raise ImageError(f"{len(unreadable)} pictures in a row cannot be read; the last: {last}")
 
     def _with_text(
@@ -139,7 +159,7 @@ class PairDataset:
         caption: int | None,
         pixels: np.ndarray,
         where: tuple[int, int, int],
-        unreadable: dict[str, str],
+        unreadable: tuple[Problem, ...],
     ) -> Sample:
         rng, count = stream(*where, Purpose.CAPTION), len(record.captions)
         if caption is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from imglish.data.batch import Batch
 from imglish.data.dataset import PairDataset, Purpose, Sample, collate, stream
-from imglish.data.images import ImageError
-
-log = logging.getLogger(__name__)
-
-SEEN_AT_LEAST = 1000  # pictures over which the share of unreadable ones is taken, early in a run
+from imglish.data.errors import Errors, Problem
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +39,7 @@ def training_batches(
     workers: int = 0,
     prefetch: int = 4,
     pin_memory: bool | None = None,
-    max_unreadable: float = 0.01,
+    errors: Errors | None = None,
 ) -> Iterator[tuple[Batch, Position]]:
     """Batches without end from ``position``, each with the position after it.
 
@@ -52,8 +47,9 @@ def training_batches(
     epoch that fill no batch are left out (other ones each epoch). Order and all random choices come from (seed,
     epoch, item), so neither ``workers`` nor ``world_size`` nor a resume changes a sample.
     pin_memory: default, where there is a CUDA device. prefetch: batches made ahead by each worker.
-    max_unreadable: share of the pictures that may be unreadable; each is logged once, and the next readable one
-    stands in for it. Raises :class:`ImageError` above the share, ``ValueError`` for settings that cannot work.
+    errors: takes the pictures that cannot be read, each once (default: a log with a limit of 1 %); the next readable
+    one stands in for each. Raises :class:`imglish.data.errors.DataError` above its limit, ``ValueError`` for
+    settings that cannot work.
     """
     if batch_size % world_size or not 0 <= rank < world_size:
         raise ValueError(f"a batch of {batch_size} pairs cannot be divided for rank {rank} of {world_size}")
@@ -72,9 +68,12 @@ def training_batches(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else the loader takes its seed from the global generator and so shifts it
     )
-    unreadable = _Unreadable(max_unreadable, len(dataset))
+    errors = Errors() if errors is None else errors
+    seen = 0
     for loaded, after in zip(loader, stretches.positions()):
-        unreadable.add(loaded.unreadable, len(loaded.batch))
+        seen += len(loaded.batch)
+        errors.extend(loaded.unreadable)
+        errors.check(seen, len(dataset))
         yield loaded.batch, after
 
 
@@ -128,44 +127,20 @@ class _Samples(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A batch with the messages about pictures that could not be read for it."""
+    """A batch with the pictures that could not be read for it."""
 
     batch: Batch
-    unreadable: dict[str, str]
+    unreadable: tuple[Problem, ...]
 
     def pin_memory(self) -> _Loaded:
         return _Loaded(self.batch.pin_memory(), self.unreadable)
 
 
 def _loaded(samples: Sequence[Sample]) -> _Loaded:
-    unreadable: dict[str, str] = {}
-    for sample in samples:
-        unreadable |= sample.unreadable
-    return _Loaded(collate(samples), unreadable)
+    return _Loaded(collate(samples), tuple(problem for sample in samples for problem in sample.unreadable))
 
 
 def _start_worker(_: int) -> None:
     """Workers are many: one thread each, and no thread pool that a fork would have broken."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-class _Unreadable:
-    """Logs every unreadable picture once and stops the run when they are too large a share."""
-
-    def __init__(self, share: float, items: int) -> None:
-        self.share, self.items = share, items
-        self.seen = 0
-        self.known: set[str] = set()
-
-    def add(self, messages: dict[str, str], seen: int) -> None:
-        self.seen += seen
-        for key in messages.keys() - self.known:
-            log.warning("unreadable picture, the next one stands in for it: %s", messages[key])
-            self.known.add(key)
-        of = min(self.items, max(self.seen, SEEN_AT_LEAST))
-        if len(self.known) > self.share * of:
-            raise ImageError(
-                f"{len(self.known)} unreadable pictures among {of}, more than the allowed share of {self.share:.2%} "
-                f"(max_unreadable); for example {next(iter(messages.values()), min(self.known))}"
-            )

@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-ImageSource = Path | bytes | Callable[[], Image.Image]
-"""Where a picture comes from: a file, the bytes of one, or a function (picklable, for loader workers)."""
+ImageSource = Path | bytes | Callable[[], Image.Image | bytes]
+"""Where a picture comes from: a file, the bytes of one, or a function (picklable, for loader workers) that gives a
+picture or the bytes of its file."""
 
 PROBED = 20  # pictures looked for when a file is read, so that a wrong folder is noticed before any work
 
@@ -23,7 +24,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with its captions.
+    """One picture with its captions; either may be missing (None, no captions) where a job needs only the other.
 
     key: its name in messages and results; image_id: equal for records that show the same picture.
     swapped: optionally, for each caption, one that is false for this picture (a hard negative known beforehand).
@@ -31,7 +32,7 @@ class Record:
     """
 
     key: str
-    image: ImageSource
+    image: ImageSource | None
     captions: tuple[str, ...]
     image_id: int
     swapped: tuple[str, ...] = ()
