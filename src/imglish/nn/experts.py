@@ -1,0 +1,455 @@
+"""Transformer blocks with experts: every row is transformed by the expert that its kind of token is routed to.
+
+Four kinds of tokens exist: those of a picture or a text that is encoded alone, and those of one that is fused with its
+partner. A route names the expert of each kind; a block has one route for attention and one for the feed-forward::
+
+    together = Block(attention=SHARED, feed_forward=SHARED)          one Transformer for everything (ViLT, BEiT)
+    lower    = Block(attention=SHARED, feed_forward=BY_MODALITY)     VLMo below, and the BEiT-3 of the paper
+    upper    = Block(attention=SHARED, feed_forward=FUSED_APART)     VLMo on top, and the BEiT-3 of the paper
+    released = Block(attention=BY_MODALITY, feed_forward=BY_MODALITY, sub_norm=True)    BEiT-3 as released
+
+Rows lie sorted: pictures alone, fused pictures, fused texts, texts alone. In this order the rows of every expert of
+each of these routes are one slice, so an expert is one matrix product on a view, and no row is moved between layers.
+Only attention brings the two parts of a fused sequence together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imglish.nn.attention import attend
+from imglish.nn.blocks import ACTIVATIONS, Activation, LayerScale
+from imglish.nn.segments import Segments, upload_index
+
+
+@dataclass(frozen=True)
+class Route:
+    """Name of the expert for each kind of token, in the order in which rows lie."""
+
+    image: str
+    fused_image: str
+    fused_text: str
+    text: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts, each once."""
+        return tuple(dict.fromkeys((self.image, self.fused_image, self.fused_text, self.text)))
+
+
+SHARED = Route("all", "all", "all", "all")
+BY_MODALITY = Route("image", "image", "text", "text")
+FUSED_APART = Route("image", "fused", "fused", "text")
+
+
+NONE = Segments(())
+"""No sequence at all."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What T rows are, in four stretches one behind the other; each field holds the lengths in its stretch.
+
+    image: pictures alone; fused_image and fused_text: the two parts of fused sequences, as many of one as of the other
+    (a length of zero where a picture or a text passes the fused experts without a partner); text: texts alone.
+    Sequences are numbered in this order: pictures alone, fused ones, texts alone.
+    """
+
+    image: Segments = NONE
+    fused_image: Segments = NONE
+    fused_text: Segments = NONE
+    text: Segments = NONE
+    _on_device: dict[tuple[str, torch.device], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.fused_image.count != self.fused_text.count:
+            raise ValueError(f"{self.fused_image.count} fused pictures meet {self.fused_text.count} fused texts")
+
+    @cached_property
+    def stretches(self) -> tuple[Segments, Segments, Segments, Segments]:
+        return (self.image, self.fused_image, self.fused_text, self.text)
+
+    @cached_property
+    def starts(self) -> tuple[int, int, int, int]:
+        """First row of each stretch."""
+        sizes = np.cumsum([0, *(stretch.total for stretch in self.stretches)])
+        return (int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]))
+
+    @cached_property
+    def total(self) -> int:
+        """T, the number of rows."""
+        return sum(stretch.total for stretch in self.stretches)
+
+    @cached_property
+    def count(self) -> int:
+        """N, the number of sequences."""
+        return self.image.count + self.fused_image.count + self.text.count
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the picture and of the text of each sequence, int64 ``(2, N)``."""
+        alone, none = self.image.lengths, (0,) * self.text.count
+        pictures = alone + self.fused_image.lengths + none
+        texts = (0,) * self.image.count + self.fused_text.lengths + self.text.lengths
+        return np.array([pictures, texts], dtype=np.int64).reshape(2, -1)
+
+    @cached_property
+    def first_rows(self) -> np.ndarray:
+        """Row of the first token of the picture and of the text of each sequence, int64 ``(2, N)``; it has a meaning
+        only where that part has tokens."""
+        one, two, three, four = (
+            start + segments.bounds[:-1] for start, segments in zip(self.starts, self.stretches, strict=True)
+        )
+        return np.stack([np.concatenate([one, two, four * 0]), np.concatenate([one * 0, three, four])])
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Pictures alone, pairs, texts alone: attention takes together what has similar lengths."""
+        has = self.lengths > 0
+        kinds = (has[0] & ~has[1], has[0] & has[1], ~has[0] & has[1])
+        return Groups(self, [np.flatnonzero(kind) for kind in kinds if kind.any()])
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of each row in its sequence, the picture before the text; int64 ``(T,)``."""
+
+        def make() -> np.ndarray:
+            where = np.zeros(self.total, dtype=np.int64)
+            for group in self.groups.list:
+                bounds, lengths = group.segments.bounds, group.segments.lengths
+                where[group.rows] = np.arange(group.segments.total) - np.repeat(bounds[:-1], lengths)
+            return where
+
+        return self._cached("positions", make, device)
+
+    def sequence_numbers(self, device: torch.device) -> Tensor:
+        """Number of the sequence that each row belongs to, int64 ``(T,)``."""
+
+        def make() -> np.ndarray:
+            found = np.zeros(self.total, dtype=np.int64)
+            for group in self.groups.list:
+                found[group.rows] = np.repeat(group.sequences, group.segments.lengths)
+            return found
+
+        return self._cached("sequences", make, device)
+
+    def spans(self, route: Route) -> list[tuple[str, int]]:
+        """(expert, number of consecutive rows) in row order, the same expert side by side as one; none is empty."""
+        names = (route.image, route.fused_image, route.fused_text, route.text)
+        spans: list[tuple[str, int]] = []
+        for name, stretch in zip(names, self.stretches, strict=True):
+            if spans and spans[-1][0] == name:
+                spans[-1] = (name, spans[-1][1] + stretch.total)
+            elif stretch.total:
+                spans.append((name, stretch.total))
+        return spans
+
+    def _cached(self, name: str, make: Callable[[], np.ndarray], device: torch.device) -> Tensor:
+        if (name, device) not in self._on_device:
+            self._on_device[name, device] = upload_index(make(), device)
+        return self._on_device[name, device]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some sequences of a :class:`Packing`, by their numbers in it.
+
+    rows: host row numbers, sequence behind sequence, within each the picture before the text; segments: lengths of the
+    sequences; image, text: tokens of the longest picture and of the longest text.
+    """
+
+    sequences: np.ndarray
+    rows: np.ndarray
+    segments: Segments
+    image: int
+    text: int
+
+    @staticmethod
+    def of(packing: Packing, sequences: np.ndarray) -> Group:
+        lengths = packing.lengths[:, sequences]
+        pieces = lengths.T.reshape(-1)  # picture, text, picture, text ...
+        first = packing.first_rows[:, sequences].T.reshape(-1)
+        within = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        segments = Segments.of(lengths.sum(0))
+        image, text = (int(part.max(initial=0)) for part in lengths)
+        return Group(sequences, np.repeat(first, pieces) + within, segments, image, text)
+
+
+class Groups:
+    """All sequences of a packing, divided into groups; takes rows apart for attention and lays them back."""
+
+    def __init__(self, packing: Packing, sequences: Sequence[np.ndarray]) -> None:
+        self.list = tuple(Group.of(packing, numbers) for numbers in sequences)
+        everything = np.concatenate([np.zeros(0, dtype=np.int64), *(group.rows for group in self.list)])
+        self._back = None if _consecutive(everything) else np.argsort(everything)
+        self._on_device: dict[tuple[int, torch.device], Tensor] = {}
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """The rows of each group out of ``x (T, ...)``: a view where they lie one behind the other."""
+        parts = []
+        for number, group in enumerate(self.list):
+            if not _consecutive(group.rows):
+                parts.append(x[self._cached(number, group.rows, x.device)])
+            elif len(group.rows) == x.shape[0]:
+                parts.append(x)
+            else:
+                parts.append(x[int(group.rows[0]) :][: len(group.rows)] if len(group.rows) else x[:0])
+        return parts
+
+    def scatter(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of :meth:`gather`."""
+        joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return joined if self._back is None else joined[self._cached(-1, self._back, joined.device)]
+
+    def _cached(self, number: int, rows: np.ndarray, device: torch.device) -> Tensor:
+        if (number, device) not in self._on_device:
+            self._on_device[number, device] = upload_index(rows, device)
+        return self._on_device[number, device]
+
+
+def _consecutive(rows: np.ndarray) -> bool:
+    return len(rows) < 2 or bool((np.diff(rows) == 1).all())
+
+
+@dataclass(frozen=True)
+class Read:
+    """The rows that heads read of a packing: only these are carried through a block that is given them.
+
+    index: int64 ``(M,)`` row numbers on the device, in the order of ``packing``; packing: the same sequences with the
+    numbers of rows that are read of each part (zero where none is).
+    """
+
+    index: Tensor
+    packing: Packing
+
+    @staticmethod
+    def first(packing: Packing, device: torch.device, fused: Literal["image", "text"] = "text") -> Read:
+        """The first row of every sequence, [CLS]; of fused pairs the first of the part ``fused``."""
+        has = packing.lengths > 0
+        use = has.copy()
+        other = 0 if fused == "text" else 1
+        use[other] &= ~(has[0] & has[1])
+        ends = packing.image.count, packing.image.count + packing.fused_image.count
+        alone, pairs, texts = slice(0, ends[0]), slice(*ends), slice(ends[1], None)
+        parts = ((0, alone), (0, pairs), (1, pairs), (1, texts))
+        rows = np.concatenate([packing.first_rows[part, which][use[part, which]] for part, which in parts])
+        kept = (Segments.of(use[part, which].astype(int)) for part, which in parts)
+        return Read(upload_index(rows, device), Packing(*kept))
+
+
+class Experts(nn.ModuleDict):
+    """One module for each expert of a route; rows are given to the one that their kind of token is routed to."""
+
+    def __init__(self, route: Route, make: Callable[[], nn.Module]) -> None:
+        super().__init__({name: make() for name in route.names})
+        self.route = route
+
+    def forward(
+        self, x: Tensor, packing: Packing, call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)
+    ) -> Tensor:
+        """``(T, ...)`` rows of ``packing`` -> ``(T, ...)``; ``call(expert, rows)``: what is done with an expert."""
+        spans = packing.spans(self.route)
+        if len(spans) <= 1:  # also no row at all
+            return call(self[spans[0][0] if spans else self.route.image], x)
+        pieces = x.split([size for _, size in spans])
+        return torch.cat([call(self[name], piece) for (name, _), piece in zip(spans, pieces, strict=True)])
+
+
+@dataclass(frozen=True)
+class ExpertBlockConfig:
+    """One pre-norm Transformer block whose experts are chosen by routes.
+
+    attention: route of the first norm and of the attention's projections; feed_forward: of the second norm and of the
+    feed-forward; qkv_bias: "qv" leaves the keys without bias (BEiT, VLMo); sub_norm: further norms in front of the
+    attention's output projection and of the feed-forward's second matrix (Magneto, Wang et al. 2022); layer_scale:
+    initial LayerScale, shared by the experts, or None; drop_path: share of sequences that skip a branch in training.
+    """
+
+    width: int
+    heads: int
+    hidden: int
+    attention: Route = SHARED
+    feed_forward: Route = BY_MODALITY
+    norm_eps: float = 1e-6
+    activation: Activation = "gelu"
+    qkv_bias: Literal["all", "qv"] = "all"
+    sub_norm: bool = False
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+
+    def build(self) -> ExpertBlock:
+        return ExpertBlock(self)
+
+
+class FusedQkv(nn.Module):
+    """Queries, keys and values of one expert by one matrix; with ``bias="qv"`` keys have no bias."""
+
+    def __init__(self, width: int, bias: Literal["all", "qv"]) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(3 * width, width))
+        self.bias = nn.Parameter(torch.zeros(3 * width if bias == "all" else 2 * width))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(T, D)`` -> ``(T, 3 D)``."""
+        return F.linear(x, self.weight, self._bias())
+
+    def queries(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[: self.width], self.bias[: self.width])
+
+    def keys_values(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[self.width :], self._bias()[self.width :])
+
+    def _bias(self) -> Tensor:
+        width = self.width
+        if self.bias.shape[0] == 3 * width:
+            return self.bias
+        return torch.cat([self.bias[:width], torch.zeros_like(self.bias[:width]), self.bias[width:]])
+
+
+class ExpertFeedForward(nn.Module):
+    """Norm, two matrices and an activation between; ``(T, D)`` -> ``(T, D)``."""
+
+    def __init__(self, config: ExpertBlockConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.fc1 = nn.Linear(config.width, config.hidden)
+        self.sub_norm = nn.LayerNorm(config.hidden, eps=config.norm_eps) if config.sub_norm else nn.Identity()
+        self.fc2 = nn.Linear(config.hidden, config.width)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.sub_norm(self.activation(self.fc1(self.norm(x)))))
+        return out
+
+
+class ExpertAttention(nn.Module):
+    """Self-attention within each sequence; norm and projections are those of the row's expert."""
+
+    def __init__(self, config: ExpertBlockConfig) -> None:
+        super().__init__()
+        width, route = config.width, config.attention
+        if width % config.heads:
+            raise ValueError(f"width {width} is not a multiple of {config.heads} heads")
+        self.heads = config.heads
+        self.norm = Experts(route, lambda: nn.LayerNorm(width, eps=config.norm_eps))
+        self.qkv = Experts(route, lambda: FusedQkv(width, config.qkv_bias))
+        self.sub_norm = Experts(route, lambda: nn.LayerNorm(width, eps=config.norm_eps)) if config.sub_norm else None
+        self.out = Experts(route, lambda: nn.Linear(width, width))
+
+    def project(self, x_TD: Tensor, packing: Packing, read: Read | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``(M, heads, head_dim)`` of the read rows (all T without ``read``), keys and values ``(T, ...)``."""
+        normed = self.norm(x_TD, packing)
+        if read is None:
+            q, k, v = self.qkv(normed, packing).unflatten(1, (3, self.heads, -1)).unbind(1)
+            return q, k, v
+        q = self.qkv(normed[read.index], read.packing, lambda expert, x: cast(FusedQkv, expert).queries(x))
+        kv = self.qkv(normed, packing, lambda expert, x: cast(FusedQkv, expert).keys_values(x))
+        k, v = kv.unflatten(1, (2, self.heads, -1)).unbind(1)
+        return q.unflatten(1, (self.heads, -1)), k, v
+
+    def merge(self, x_THd: Tensor, packing: Packing) -> Tensor:
+        """The heads' results ``(T, heads, head_dim)`` -> ``(T, D)``."""
+        x = x_THd.flatten(1)
+        if self.sub_norm is not None:
+            x = self.sub_norm(x, packing)
+        out: Tensor = self.out(x, packing)
+        return out
+
+    def forward(
+        self, x_TD: Tensor, packing: Packing, bias: Sequence[Tensor] | None = None, read: Read | None = None
+    ) -> Tensor:
+        """``(T, D)`` -> ``(T, D)``, or ``(M, D)`` for ``read``. ``bias``: see :class:`ExpertBlock`."""
+        q, k, v = self.project(x_TD, packing, read)
+        mixed = attend_groups(q, k, v, packing, bias, read)
+        return self.merge(mixed, packing if read is None else read.packing)
+
+
+def attend_groups(
+    q_MHd: Tensor,
+    k_THd: Tensor,
+    v_THd: Tensor,
+    packing: Packing,
+    bias: Sequence[Tensor] | None = None,
+    read: Read | None = None,
+) -> Tensor:
+    """Attention of each sequence over itself, one call for each group of ``packing``; ``(M, heads, head_dim)``.
+
+    bias: one ``(heads or 1, L, L)`` for each group, added to the scores; L is the group's longest sequence, the picture
+    first (all pictures of a group must then have one length). read: which rows the queries are (None: all).
+    """
+    groups = packing.groups
+    keys, values = groups.gather(k_THd), groups.gather(v_THd)
+    asking, spots = groups, None
+    if read is not None:
+        asking = Groups(read.packing, [group.sequences for group in groups.list])
+        spots = None if bias is None else asking.gather(packing.positions(q_MHd.device)[read.index])
+    out = [
+        attend(
+            q,
+            keys[i],
+            values[i],
+            asking.list[i].segments,
+            groups.list[i].segments,
+            bias=None if bias is None else bias[i],
+            q_positions=None if spots is None else spots[i],
+        )
+        for i, q in enumerate(asking.gather(q_MHd))
+    ]
+    return asking.scatter(out)
+
+
+def prefix_causal(packing: Packing, device: torch.device) -> list[Tensor]:
+    """A bias for each group, float32 ``(1, L, L)``: picture tokens see the picture, text tokens also the text up to
+    themselves (captioning with bidirectional pictures, as BEiT-3 does). Pictures of a group have one length."""
+    made = []
+    for group in packing.groups.list:
+        places = torch.arange(group.image + group.text, device=device)
+        seen = (places[None, :] <= places[:, None]) | (places[None, :] < group.image)
+        made.append(torch.zeros(1, *seen.shape, device=device).masked_fill(~seen[None], -math.inf))
+    return made
+
+
+class ExpertBlock(nn.Module):
+    """Attention and feed-forward with residuals; norms and matrices are those of each row's expert."""
+
+    def __init__(self, config: ExpertBlockConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.attn = ExpertAttention(config)
+        self.ffn = Experts(config.feed_forward, lambda: ExpertFeedForward(config))
+        scale = config.layer_scale
+        self.scale1 = nn.Identity() if scale is None else LayerScale(config.width, scale)
+        self.scale2 = nn.Identity() if scale is None else LayerScale(config.width, scale)
+
+    def forward(
+        self, x_TD: Tensor, packing: Packing, bias: Sequence[Tensor] | None = None, read: Read | None = None
+    ) -> Tensor:
+        """``(T, D)`` -> ``(T, D)``; with ``read``, only its M rows are carried on: ``(M, D)`` of ``read.packing``.
+
+        bias: added to the attention's scores, one ``(heads or 1, L, L)`` for each of ``packing.groups``, see
+        :func:`attend_groups`: relative positions (:mod:`imglish.nn.relative`), or a mask (:func:`prefix_causal`).
+        """
+        kept, after = (x_TD, packing) if read is None else (x_TD[read.index], read.packing)
+        x = kept + self._drop(self.scale1(self.attn(x_TD, packing, bias, read)), after)
+        return x + self._drop(self.scale2(self.ffn(x, after)), after)
+
+    def _drop(self, branch: Tensor, packing: Packing) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): whole sequences skip the branch."""
+        share = self.config.drop_path
+        if not self.training or share == 0:
+            return branch
+        kept = torch.rand(packing.count, device=branch.device) >= share
+        factor = kept.to(branch.dtype) / (1 - share)
+        return branch * factor[packing.sequence_numbers(branch.device)][:, None]
