@@ -40,8 +40,11 @@ def test_packing() -> None:
     masks = [np.zeros((2, 3), dtype=bool) for _ in range(3)]
     masks[0][1, 2] = masks[2][0, 0] = masks[2][1, 1] = True
     packed = pack_patch_masks(masks)
+    assert packed is not None
+    assert packed.patches == 6
     assert packed.rows.tolist() == [5, 12, 16]
     assert packed.counts == (1, 0, 2)
+    assert pack_patch_masks([]) is None
 
 
 @pytest.mark.parametrize("wrong", [{"ratio": 0.0}, {"ratio": 1.0}, {"min_patches": 0}, {"aspect": 2.0}])

@@ -53,14 +53,15 @@ class MaskedTexts:
 
 @dataclass(frozen=True)
 class PatchMasks:
-    """Which patches of B pictures of P patches are to be predicted: rows int64 ``(M,)``, numbers among the B * P
-    patches, ascending; counts: how many of the M lie in each picture (host)."""
+    """Which patches of B pictures are to be predicted: rows int64 ``(M,)``, numbers among the B * ``patches`` patches
+    of all pictures, ascending; counts: how many of the M lie in each picture (host)."""
 
     rows: Tensor
     counts: tuple[int, ...]
+    patches: int
 
     def map(self, move: Callable[[Tensor], Tensor]) -> PatchMasks:
-        return PatchMasks(move(self.rows), self.counts)
+        return PatchMasks(move(self.rows), self.counts, self.patches)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Unpaired:
     patches: PatchMasks
     texts: TextBatch
     masked: MaskedTexts
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Number of pictures and of texts."""
+        return self.images.shape[0], len(self.texts)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Unpaired:
         return Unpaired(move(self.images), self.patches.map(move), self.texts.map(move), self.masked.map(move))

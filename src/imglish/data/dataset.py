@@ -48,8 +48,9 @@ def stream(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Ge
 @dataclass(frozen=True)
 class Sample:
     """pixels: uint8 ``(size, size, 3)``; ids: of the caption; draws: two uniform numbers; masked: ids, positions,
-    labels of the MLM; more: ids of further captions of the picture, equally many in all samples; unreadable: the
-    pictures in whose place this one stands."""
+    labels of the MLM; more: ids of further captions of the picture, equally many in all samples; patches: bool
+    ``(rows, columns)``, True where a patch is to be predicted; unreadable: the pictures in whose place this one
+    stands."""
 
     key: str
     pixels: np.ndarray
@@ -59,6 +60,7 @@ class Sample:
     masked: tuple[list[int], list[int], list[int]] | None
     swapped: list[int] | None
     more: tuple[list[int], ...] = ()
+    patches: np.ndarray | None = None
     unreadable: tuple[Problem, ...] = ()
 
 
@@ -161,6 +163,12 @@ class PairDataset:
         where: tuple[int, int, int],
         unreadable: tuple[Problem, ...],
     ) -> Sample:
+        draws = stream(*where, Purpose.DRAW).random(2, dtype=np.float32)
+        patches = self.mim.draw(self.grid, stream(*where, Purpose.PATCHES)) if self.mim is not None else None
+        if self.tokenizer is None:
+            return Sample(
+                record.key, pixels, [], record.image_id, draws, None, None, patches=patches, unreadable=unreadable
+            )
         rng, count = stream(*where, Purpose.CAPTION), len(record.captions)
         if caption is not None:
             chosen = [caption]
@@ -174,10 +182,9 @@ class PairDataset:
         if self.mlm is not None:
             rng = stream(*where, Purpose.MASK)
             masked = mask_tokens(ids[0], rng, self.tokenizer, self.mlm.probability, self.mlm.whole_word)
-        draws = stream(*where, Purpose.DRAW).random(2, dtype=np.float32)
         swapped = ids.pop() if self.swapped else None
         more = tuple(ids[1:])
-        return Sample(record.key, pixels, ids[0], record.image_id, draws, masked, swapped, more, unreadable)
+        return Sample(record.key, pixels, ids[0], record.image_id, draws, masked, swapped, more, patches, unreadable)
 
     def _picture(self, number: int, where: tuple[int, int, int]) -> tuple[Image.Image, tuple[int, int]]:
         """The picture, squashed for the cache or decoded at the size that this epoch's crop needs, and its own (width,
@@ -253,6 +260,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         draws=torch.from_numpy(np.stack([sample.draws for sample in samples])),
         masked=pack_masked([sample.masked for sample in samples if sample.masked is not None]),
         swapped=TextBatch.of(swapped) if swapped else None,
+        patches=pack_patch_masks([sample.patches for sample in samples if sample.patches is not None]),
         keys=tuple(sample.key for sample in samples),
         captions=1 + len(samples[0].more),
     )

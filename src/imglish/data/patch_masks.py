@@ -77,9 +77,11 @@ def _add_block(mask: np.ndarray, allowed: int, rng: Draws, min_patches: int, log
     return 0
 
 
-def pack_patch_masks(masks: Sequence[np.ndarray]) -> PatchMasks:
-    """Masks of several pictures, each bool ``(rows, columns)`` -> the numbers of their masked patches, packed."""
-    places = [np.flatnonzero(mask) for mask in masks]
-    starts = np.concatenate([[0], np.cumsum([mask.size for mask in masks])[:-1]]).astype(np.int64)
-    rows = np.concatenate([start + where for start, where in zip(starts, places, strict=True)])
-    return PatchMasks(torch.from_numpy(rows.astype(np.int64)), tuple(len(where) for where in places))
+def pack_patch_masks(masks: Sequence[np.ndarray]) -> PatchMasks | None:
+    """Masks of several pictures, each bool ``(rows, columns)`` of one size -> the numbers of their masked patches;
+    None for no masks."""
+    if not masks:
+        return None
+    rows = np.flatnonzero(np.stack(masks))
+    counts = tuple(int(mask.sum()) for mask in masks)
+    return PatchMasks(torch.from_numpy(rows.astype(np.int64)), counts, masks[0].size)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from imglish.data.batch import Batch, MaskedTexts, TextBatch
+from imglish.data.batch import Batch, MaskedTexts, PatchMasks, TextBatch, Unpaired
 from imglish.models.capabilities import Contrastive, Embedded, Trainable, require
 from imglish.nn.segments import Segments
 from imglish.objectives.gather import rank, world_size
@@ -39,28 +39,43 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 
 def _part(batch: Batch, pairs: slice) -> Batch:
-    clean = batch.texts.segments
-    masked = None
-    if batch.masked is not None:
-        counts = batch.masked.counts
-        first, last = sum(counts[: pairs.start]), sum(counts[: pairs.stop])
-        rows = _rows(clean, pairs)
-        masked = MaskedTexts(
-            batch.masked.ids[rows],
-            batch.masked.rows[first:last] - rows.start,
-            batch.masked.labels[first:last],
-            counts[pairs],
-        )
     return replace(
         batch,
         images=batch.images[pairs],
         texts=_texts(batch.texts, pairs),
         image_ids=batch.image_ids[pairs],
         draws=batch.draws[pairs],
-        masked=masked,
+        masked=_masked(batch.masked, batch.texts.segments, pairs) if batch.masked is not None else None,
         swapped=_texts(batch.swapped, pairs) if batch.swapped is not None else None,
+        patches=_patches(batch.patches, pairs) if batch.patches is not None else None,
+        unpaired=_unpaired(batch.unpaired, pairs, len(batch)) if batch.unpaired is not None else None,
         keys=batch.keys[pairs],
     )
+
+
+def _masked(masked: MaskedTexts, segments: Segments, texts: slice) -> MaskedTexts:
+    rows, some = _rows(segments, texts), _counted(masked.counts, texts)
+    return MaskedTexts(masked.ids[rows], masked.rows[some] - rows.start, masked.labels[some], masked.counts[texts])
+
+
+def _patches(masks: PatchMasks, pictures: slice) -> PatchMasks:
+    rows = masks.rows[_counted(masks.counts, pictures)] - pictures.start * masks.patches
+    return PatchMasks(rows, masks.counts[pictures], masks.patches)
+
+
+def _unpaired(unpaired: Unpaired, pairs: slice, of: int) -> Unpaired:
+    """As large a share of the pictures and of the texts as ``pairs`` is of the ``of`` pairs."""
+    pictures, texts = (slice(pairs.start * n // of, pairs.stop * n // of) for n in unpaired.sizes)
+    return Unpaired(
+        unpaired.images[pictures],
+        _patches(unpaired.patches, pictures),
+        _texts(unpaired.texts, texts),
+        _masked(unpaired.masked, unpaired.texts.segments, texts),
+    )
+
+
+def _counted(counts: tuple[int, ...], part: slice) -> slice:
+    return slice(sum(counts[: part.start]), sum(counts[: part.stop]))
 
 
 def _rows(segments: Segments, pairs: slice) -> slice:
