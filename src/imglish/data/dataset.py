@@ -18,7 +18,7 @@ from imglish.data.epochs import EpochItems
 from imglish.data.errors import Problem
 from imglish.data.images import Detail, ImageError, ImageTransform, decode_sized
 from imglish.data.masking import MaskConfig, mask_tokens
-from imglish.data.patch_masks import PatchMaskConfig
+from imglish.data.patch_masks import PatchMaskConfig, pack_patch_masks
 from imglish.data.records import Record
 from imglish.data.sources.base import caption_counts, parts
 from imglish.data.text import CaptionStyle, clean_caption, mentions_side
