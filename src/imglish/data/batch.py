@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from imglish.data.pictures import Pictures
 from imglish.nn.segments import Segments
 
 
@@ -86,15 +87,17 @@ class Unpaired:
 class Batch:
     """B pictures, each with its caption or its ``captions`` captions.
 
-    images: ``(B, 3, H, W)`` uint8 in 0..255 (normalised by the model on its device) or floating and normalised;
-    texts: B * captions of them, those of a picture one behind the other; image_ids: int64 ``(B,)``, equal for captions
+    images: ``(B, 3, H, W)`` uint8 in 0..255 (normalised by the model on its device) or floating and normalised, or the
+    pictures of several sizes or regions that some models take; texts: B * captions of them, those of a picture one behind the other; image_ids: int64 ``(B,)``, equal for captions
     of one picture, which are never negatives of one another; draws: float32 ``(B, 2)`` uniform in [0, 1), the random
     numbers that choose the hard negative picture and the hard negative text of each pair; swapped: optionally one
     wrong caption per picture, a negative that the data knows; patches: patches of the pictures to be predicted;
-    unpaired: pictures and texts beside the pairs; keys: names of the samples for messages.
+    unpaired: pictures and texts beside the pairs; keys: names of the samples for messages; mixed: every so-many-th
+    picture is yet to be blended with the next one (MixGen), 0 for none; mean_tokens: where this is
+    one of several parts of a batch, how many text tokens a part has on average.
     """
 
-    images: Tensor
+    images: Pictures
     texts: TextBatch
     image_ids: Tensor
     draws: Tensor
@@ -104,14 +107,21 @@ class Batch:
     unpaired: Unpaired | None = None
     keys: tuple[str, ...] = ()
     captions: int = 1
+    mixed: int = 0
+    mean_tokens: float | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Text tokens; of one of several parts their mean, so that what is divided by it adds up to the whole's."""
+        return self.texts.segments.total if self.mean_tokens is None else self.mean_tokens
 
     def __len__(self) -> int:
-        return self.images.shape[0]
+        return len(self.images)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
-            images=move(self.images),
+            images=move(self.images) if isinstance(self.images, Tensor) else self.images.map(move),
             texts=self.texts.map(move),
             image_ids=move(self.image_ids),
             draws=move(self.draws),
@@ -123,6 +133,15 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def blended(self) -> Batch:
+        """The batch with its MixGen pictures made, on the device where it lies: means of two, rounded up."""
+        if not self.mixed:
+            return self
+        one, two = self.images[: -1 : self.mixed], self.images[1 :: self.mixed]
+        images = self.images.clone()
+        images[: -1 : self.mixed] = ((one.to(torch.int16) + two + 1) // 2).to(torch.uint8)
+        return replace(self, images=images, mixed=0)
 
     def pin_memory(self) -> Batch:
         """Called by ``DataLoader(pin_memory=True)``, so that copies to a GPU need not block."""

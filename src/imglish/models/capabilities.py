@@ -52,7 +52,8 @@ class ImageMemory:
 class Embedded:
     """What the contrastive losses read of a batch; with gradients in place of features it carries those back.
 
-    image, text: ``(B, E)`` of the student; image_m, text_m: of the momentum teacher, or None; image_ids: ``(B,)``.
+    image: ``(B, E)``, text: ``(n * B, E)`` of the student, n captions a picture beside each other; image_m, text_m: of
+    the momentum teacher, or None; image_ids: ``(B,)``.
     swapped: ``(B, E)`` of the wrong captions that the data gives, where the contrast sees them.
     towers: whatever else the model's remaining losses need from the towers (private to the model).
     """

@@ -66,13 +66,13 @@ def gather(x: Tensor) -> Tensor:
     return x.detach() if world_size() == 1 else _all_gather(x)
 
 
-def global_mean(total: Tensor, count: int | Tensor) -> Tensor:
+def global_mean(total: Tensor, count: float | Tensor) -> Tensor:
     """This rank's share of the mean over all ranks: ``total * W / (sum of counts)``, 0-D.
 
     total: 0-D sum over this rank's ``count`` items. For losses whose number of items differs between ranks (masked
     tokens): averaged over ranks, values and gradients are the mean over all items. No items at all give zero.
     """
-    everywhere = count.detach() if isinstance(count, Tensor) else torch.full((), count, device=total.device)
+    everywhere = count.detach() if isinstance(count, Tensor) else torch.full((), float(count), device=total.device)
     everywhere = everywhere.to(total.dtype, copy=True)
     if world_size() > 1:
         dist.all_reduce(everywhere)

@@ -18,7 +18,7 @@ class Interval:
     """Sums on the device, so that a step waits for nothing; :meth:`means` reads them.
 
     steps: in the interval; waited: seconds for data; began: start, moved on by what is no training; swapped: the
-    batches hold wrong captions.
+    batches hold wrong captions; captions: how many each picture has.
     """
 
     def __init__(self) -> None:
@@ -26,6 +26,7 @@ class Interval:
         self.waited = 0.0
         self.steps = 0
         self.swapped = False
+        self.captions = 1
         self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None
 
@@ -37,6 +38,7 @@ class Interval:
         self._sums = values.clone() if self._sums is None else self._sums.add_(values)
         self.steps += 1
         self.swapped = batch.swapped is not None
+        self.captions = batch.captions
 
     def means(self) -> dict[str, float]:
         """Means over steps and ranks; waits for the device."""
@@ -46,7 +48,8 @@ class Interval:
         return dict(zip(self._names, values, strict=True))
 
     def chance(self, batch_size: int, teacher: Any) -> Chance:
-        """Losses of a model that has learned nothing, for batches of ``batch_size`` pairs and this teacher's queue."""
+        """Losses of a model that has learned nothing, for ``batch_size`` pictures and this teacher's queue."""
         queue = getattr(teacher, "queue", None)
         candidates = batch_size + (queue.filled if queue is not None else 0)
-        return Chance(itc_chance(candidates), itm_prior_entropy(negatives=3 if self.swapped else 2))
+        itc = (itc_chance(candidates) + itc_chance(candidates * self.captions)) / 2  # among pictures, among texts
+        return Chance(itc, itm_prior_entropy(negatives=3 if self.swapped else 2))

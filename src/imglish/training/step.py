@@ -29,7 +29,10 @@ SURROGATE = "itc"  # name under which `Embedded.surrogate` stands among the loss
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """``batch`` (on the host or a device) as ``parts`` batches of equal size; packed rows are cut as views."""
+    """``batch`` (on the host or a device) as ``parts`` batches of equal size; packed rows are cut as views.
+
+    Every part knows how many text tokens a part has on average, so that means over tokens are those of the whole.
+    """
     if parts == 1:
         return [batch]
     size, rest = divmod(len(batch), parts)
@@ -42,7 +45,8 @@ def _part(batch: Batch, pairs: slice) -> Batch:
     return replace(
         batch,
         images=batch.images[pairs],
-        texts=_texts(batch.texts, pairs),
+        texts=_texts(batch.texts, slice(pairs.start * batch.captions, pairs.stop * batch.captions)),
+        mean_tokens=batch.tokens * (pairs.stop - pairs.start) / len(batch),
         image_ids=batch.image_ids[pairs],
         draws=batch.draws[pairs],
         masked=_masked(batch.masked, batch.texts.segments, pairs) if batch.masked is not None else None,
@@ -146,7 +150,8 @@ class Stepper:
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """Gradients of the mean over the global batch, from this rank's ``batch``; returns the losses, detached."""
-        moved = [part.to(self.device, non_blocking=True) for part in split(batch, self.settings.parts)]
+        parts = split(batch, self.settings.parts)
+        moved = [part.to(self.device, non_blocking=True).blended() for part in parts]
         if len(moved) == 1:
             self._seed(step, 0)
             with self._autocast():
@@ -250,7 +255,9 @@ def _gradients(leaves: Embedded, pairs: slice) -> Embedded:
         leaf: Tensor | None = getattr(leaves, name)
         if leaf is None:
             return None
-        return torch.zeros_like(leaf[pairs]) if leaf.grad is None else leaf.grad[pairs]
+        captions = leaf.shape[0] // leaves.image.shape[0]
+        rows = slice(pairs.start * captions, pairs.stop * captions)
+        return torch.zeros_like(leaf[rows]) if leaf.grad is None else leaf.grad[rows]
 
     image, text = slice_of("image"), slice_of("text")
     assert image is not None
