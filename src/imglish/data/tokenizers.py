@@ -118,6 +118,19 @@ class Tokenizer:
         copy.enable_truncation(max_length)
         return Tokenizer(copy)
 
+    def with_special(self, tokens: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with further special tokens behind its vocabulary, in this order, which no text gives.
+
+        Those that it has are left alone. Raises :class:`TokenizerError` unless ``tokens`` are its last ones then.
+        """
+        copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        copy.add_special_tokens(list(tokens))
+        made = Tokenizer(copy)
+        places = [made.id_of(token) for token in tokens]
+        if places != list(range(made.vocab_size - len(tokens), made.vocab_size)):
+            raise TokenizerError(f"{' '.join(tokens)} have to be the last tokens of the vocabulary, they are {places}")
+        return made
+
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``, which :meth:`load` (and the ``tokenizers`` library) reads back."""
         Path(path).write_text(self.inner.to_str(pretty=True), encoding="utf-8")

@@ -108,7 +108,7 @@ class AlignedFusion(nn.Module):
     ) -> dict[str, Tensor]:
         return self.losses(batch, teacher, feature_grads)
 
-    def make_teacher(self) -> MomentumTeacher[Self]:
+    def make_teacher(self) -> MomentumTeacher[Self] | None:
         """The momentum copy, with the queue; the trainer keeps it."""
         return MomentumTeacher(self, self.config.teacher, self.config.embed_dim)
 

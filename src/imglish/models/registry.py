@@ -8,15 +8,16 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from imglish.models import albef, clip
+from imglish.models import albef, blip, clip
 
-Config = albef.AlbefConfig | clip.ClipConfig
+Config = albef.AlbefConfig | blip.BlipConfig | clip.ClipConfig
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "clip": (clip.ClipConfig, clip.Clip),
     "albef": (albef.AlbefConfig, albef.Albef),
+    "blip": (blip.BlipConfig, blip.Blip),
 }
-CONFIGS: dict[str, Callable[[], Config]] = {**clip.CONFIGS, **albef.CONFIGS}
+CONFIGS: dict[str, Callable[[], Config]] = {**clip.CONFIGS, **albef.CONFIGS, **blip.CONFIGS}
 
 
 def names() -> list[str]:

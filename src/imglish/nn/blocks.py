@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,6 +133,15 @@ class Block(nn.Module):
             x = self._add(x, h, self.norm_cross)
         h = self.mlp(self.norm2(x) if self.pre_norm else x)
         return self._add(x, self.scale2(h), self.norm2)
+
+    def with_parts(self, parts: Mapping[str, nn.Module]) -> Block:
+        """A block of these submodules (``attn``, ``norm1``, ``cross``, ...) and all others of this one, shared by both.
+
+        It owns nothing and is made where it is called: parameters are found where the parts are registered.
+        """
+        other = copy.copy(self)
+        other._modules = {**self._modules, **parts}
+        return other
 
     def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
         """The residual; a post-norm block normalises the sum, a pre-norm block has normalised before."""

@@ -80,11 +80,14 @@ class FeatureQueue:
 
 
 class MomentumTeacher(Generic[ModelT]):
-    """A slowly moving copy of the student, without gradients, and the queue of its features."""
+    """A slowly moving copy of the student, without gradients, and the queue of its features.
 
-    def __init__(self, student: ModelT, config: TeacherConfig, embed_dim: int) -> None:
+    ``model``: the copy, where a part of the student is enough; its parameters have the names that they have there.
+    """
+
+    def __init__(self, student: ModelT, config: TeacherConfig, embed_dim: int, model: ModelT | None = None) -> None:
         self.config = config
-        self.model: ModelT = copy.deepcopy(student).requires_grad_(False)
+        self.model: ModelT = (copy.deepcopy(student) if model is None else model).requires_grad_(False)
         self.alpha = 0.0 if config.ramp_epochs > 0 else config.alpha
         device = next(student.parameters()).device
         self.queue = FeatureQueue(config.queue_size, embed_dim, device) if config.queue_size else None
@@ -108,10 +111,12 @@ class MomentumTeacher(Generic[ModelT]):
     @torch.no_grad()
     def blend(self, student: nn.Module) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call."""
-        mine: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(mine, [p.detach() for p in student.parameters()], 1 - self.config.momentum)
-        for mine_b, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
-            mine_b.copy_(theirs)
+        theirs = {name: parameter.detach() for name, parameter in student.named_parameters()}
+        names, mine = zip(*self.model.named_parameters(), strict=True)
+        torch._foreach_lerp_(mine, [theirs[name] for name in names], 1 - self.config.momentum)
+        buffers = dict(student.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
 
     def update(self, student: nn.Module) -> None:
         """After the optimiser's step: queue the features that the step used, then move towards ``student``."""
