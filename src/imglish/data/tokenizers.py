@@ -142,6 +142,8 @@ class Tokenizer:
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one text")
         plain = [_clip_clean(text) for text in texts] if self.is_clip else list(texts)
+        if len(plain) < 16:  # too few to be worth waking a pool of threads
+            return [self.inner.encode(text).ids for text in plain]
         return [encoding.ids for encoding in self.inner.encode_batch_fast(plain)]
 
     def decode(self, ids: Sequence[int]) -> str:
