@@ -70,7 +70,7 @@ class PairDataset:
     captions: ``"one"`` makes an item of every picture, with a random caption of its own each epoch; a number makes an
     item of every picture with so many of its captions at once (a picture that has fewer repeats some); ``"all"`` makes
     an item of every caption. tokenizer: None gives pictures alone, with texts of no token. clean: clean-up of captions
-    before the tokenizer. mlm: also mask the texts. mim: also mask the pictures, of ``patch`` pixels a patch. swapped:
+    before the tokenizer. prompt: text that every caption begins with. mlm: also mask the texts. mim: also mask the pictures, of ``patch`` pixels a patch. swapped:
     also give the wrong captions that the records hold. cache: keep pictures in memory after the first decoding, at
     ``transform.cache_size`` (shared by forked workers). detail: of decoding JPEGs, see :func:`images.decode_sized`.
     """
@@ -84,6 +84,7 @@ class PairDataset:
         captions: Literal["one", "all"] | int = "one",
         clean: CaptionStyle = "none",
         max_words: int = 30,
+        prompt: str = "",
         mlm: MaskConfig | None = None,
         mim: PatchMaskConfig | None = None,
         patch: int = 16,
@@ -113,6 +114,7 @@ class PairDataset:
         self.tokenizer = tokenizer
         self.clean: CaptionStyle = clean
         self.max_words = max_words
+        self.prompt = prompt
         self.mlm = mlm
         self.mim = mim
         self.grid = (transform.size // patch, transform.size // patch)
@@ -177,7 +179,7 @@ class PairDataset:
         else:
             chosen = np.resize(rng.permutation(count), self.captions).tolist()
         texts = [record.captions[c] for c in chosen] + ([record.swapped[chosen[0]]] if self.swapped else [])
-        ids = self.tokenizer.encode([clean_caption(text, self.max_words, self.clean) for text in texts])
+        ids = self.tokenizer.encode([self.prompt + clean_caption(text, self.max_words, self.clean) for text in texts])
         masked = None
         if self.mlm is not None:
             rng = stream(*where, Purpose.MASK)

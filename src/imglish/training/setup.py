@@ -65,12 +65,16 @@ def gather_materials(
         tokenizer = loaded.tokenizer
     else:
         tokenizer = _tokenizer(recipe, base.max_length, train)
+    tokenizer = _completed(tokenizer, base)
     wanted = recipe.model.get("vocab_size", tokenizer.vocab_size)
     if wanted != tokenizer.vocab_size:
         raise SettingsError(
             "model.vocab_size", f"{wanted}, but the tokenizer has {tokenizer.vocab_size} tokens; leave this setting out"
         )
     config = dataclasses.replace(base, vocab_size=tokenizer.vocab_size)
+    if prompt := getattr(config, "prompt", ""):
+        # without opening and closing token
+        config = dataclasses.replace(config, prompt_tokens=len(tokenizer.encode([prompt])[0]) - 2)
     return Materials(train, held_out, tokenizer, config, loaded.model if loaded is not None else None)
 
 
@@ -138,6 +142,18 @@ def _tokenizer(recipe: Recipe, max_length: int, records: Sequence[Record]) -> To
     return Tokenizer(tokenizers.Tokenizer.from_str(text[0]))
 
 
+def _completed(tokenizer: Tokenizer, config: Any) -> Tokenizer:
+    """The tokenizer with the special tokens that the model's family adds, closing texts where the model needs that."""
+    if getattr(config, "closing_token", False) and not tokenizer.append_sep:
+        raise SettingsError(
+            "tokenizer.append_sep", f"{config.family} learns from the closing token where a text ends; set it to true"
+        )
+    try:
+        return tokenizer.with_special(getattr(config, "special_tokens", ()))
+    except TokenizerError as error:
+        raise SettingsError("tokenizer.load", str(error)) from error
+
+
 def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
     """The training records with the transforms, masks and wrong captions that model and recipe ask for."""
     data = recipe.data
@@ -158,6 +174,7 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
             materials.tokenizer,
             captions=data.captions,
             mlm=MaskConfig(data.masking, data.whole_word) if masks else None,
+            prompt=getattr(materials.config, "prompt", ""),
             swapped=data.swapped,
             cache=data.cache,
         )
