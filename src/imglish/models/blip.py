@@ -207,13 +207,13 @@ class Blip(AlignedFusion):
         count, everything = len(batch), all_texts(batch, masked=False)
         wrong = batch.swapped is not None and self.config.itc_swapped
         contrasted = everything if wrong else batch.texts
-        tokens = self.vision(batch.images)
+        tokens = self.vision(batch.squares)
         cls = self._unimodal(contrasted, Rows.first(contrasted.segments, tokens.device))
         image_m = text_m = None
         if self.config.itc:
             theirs = self._needed(teacher).model
             with torch.no_grad():
-                image_m = theirs._image_features(theirs.vision(batch.images, class_only=True))
+                image_m = theirs._image_features(theirs.vision(batch.squares, class_only=True))
                 text_m = theirs._text_features(
                     theirs._unimodal(batch.texts, Rows.first(batch.texts.segments, tokens.device))
                 )
@@ -237,29 +237,31 @@ class Blip(AlignedFusion):
         the contrastive loss.
         """
         if not (self.config.itc or self.config.itm):  # captioning alone needs no towers
-            return self._lm(batch.texts, self._decoder_memory(self.vision(batch.images)))
+            return self._lm(batch, self._decoder_memory(self.vision(batch.squares)))
         embedded = self.embed(batch, teacher)
         losses = self.contrast(embedded, teacher) if feature_grads is None else embedded.surrogate(feature_grads)
         towers: _Towers = embedded.towers
         negatives = self._draw(embedded, batch.draws) if self.config.itm else None
         memory = self.project_images(towers.tokens) if self.config.itm else None
         if self.config.lm:
-            losses |= self._lm(batch.texts, self._decoder_memory(towers.tokens, memory))
+            losses |= self._lm(batch, self._decoder_memory(towers.tokens, memory))
         if negatives is not None and memory is not None:
             logits = self._match_negatives(negatives, memory, towers.tokens, towers.rows, towers.segments, known=True)
             losses |= itm_losses(logits, negatives)
         return losses
 
-    def _lm(self, texts: TextBatch, memory: ImageMemory) -> dict[str, Tensor]:
+    def _lm(self, batch: Batch, memory: ImageMemory) -> dict[str, Tensor]:
         """Every word of a text, and its end, from the words before it and the picture."""
+        texts, prompt = batch.texts, self.config.prompt_tokens
         given, _ = lm_rows(texts.segments)  # the last token of a text predicts nothing, so it is left out
-        rows, targets = lm_rows(texts.segments, self.config.prompt_tokens)
+        rows, targets = lm_rows(texts.segments, prompt)
         opened = _opened_by(self.config.decode_id, texts).ids
         device = opened.device
         shorter = Segments.of(max(n - 1, 0) for n in texts.segments.lengths)
         states = self.decode(TextBatch(opened[upload_index(given, device)], shorter), memory)
         logits = self.next_logits(states[upload_index(np.searchsorted(given, rows), device)])
-        return {"lm": lm_loss(logits, texts.ids[upload_index(targets, device)], self.config.smoothing)}
+        count = len(targets) if batch.mean_tokens is None else batch.mean_tokens - len(batch) * (1 + prompt)
+        return {"lm": lm_loss(logits, texts.ids[upload_index(targets, device)], self.config.smoothing, count)}
 
 
 def _opened_by(token: int, texts: TextBatch) -> TextBatch:

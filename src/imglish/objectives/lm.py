@@ -21,11 +21,12 @@ def lm_rows(segments: Segments, prompt: int = 0) -> tuple[np.ndarray, np.ndarray
     return targets - 1, targets
 
 
-def lm_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def lm_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0, count: float | None = None) -> Tensor:
     """Mean cross-entropy of ``logits (M, V)`` against the next tokens ``targets (M,)``, 0-D.
 
     smoothing: share of the target's probability that is spread over the vocabulary (BLIP 0.1). Give it only positions
-    with a target. The mean is over those of all ranks, so that gradients do not depend on how the batch is divided.
+    with a target. The mean is over those of all ranks, so that gradients do not depend on how the batch is divided;
+    where this is one of several parts of a batch, ``count`` is the number of targets of a part on average (else M).
     """
     total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
-    return global_mean(total, targets.shape[0])
+    return global_mean(total, targets.shape[0] if count is None else count)
