@@ -22,7 +22,15 @@ MAX_PIXELS = 50_000_000
 CACHE_MARGIN = 1.25  # pictures are kept this much larger than the crop, so that random crops stay real
 Detail = Literal["full", "good", "fast"]
 Reason = Literal[
-    "missing", "not readable", "empty", "not a picture", "too large", "truncated", "damaged", "unknown colours"
+    "missing",
+    "not readable",
+    "outside",
+    "empty",
+    "not a picture",
+    "too large",
+    "truncated",
+    "damaged",
+    "unknown colours",
 ]
 Least = int | Callable[[int, int], tuple[float, float]]
 _DRAFT = {"good": 2, "fast": 1}  # how many times the wanted side a JPEG is decoded at, at least

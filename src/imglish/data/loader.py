@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from imglish.data.batch import Batch
 from imglish.data.dataset import PairDataset, Purpose, Sample, collate, stream
 from imglish.data.errors import Errors, Problem
+from imglish.data.mixgen import MixGen
 
 
 @dataclass(frozen=True, order=True)
@@ -40,6 +42,7 @@ def training_batches(
     prefetch: int = 4,
     pin_memory: bool | None = None,
     errors: Errors | None = None,
+    mixgen: MixGen | None = None,
 ) -> Iterator[tuple[Batch, Position]]:
     """Batches without end from ``position``, each with the position after it.
 
@@ -48,8 +51,8 @@ def training_batches(
     epoch, item), so neither ``workers`` nor ``world_size`` nor a resume changes a sample.
     pin_memory: default, where there is a CUDA device. prefetch: batches made ahead by each worker.
     errors: takes the pictures that cannot be read, each once (default: a log with a limit of 1 %); the next readable
-    one stands in for each. Raises :class:`imglish.data.errors.DataError` above its limit, ``ValueError`` for
-    settings that cannot work.
+    one stands in for each. mixgen: makes mixtures of pairs. Raises :class:`imglish.data.errors.DataError` above the
+    limit, ``ValueError`` for settings that cannot work.
     """
     if batch_size % world_size or not 0 <= rank < world_size:
         raise ValueError(f"a batch of {batch_size} pairs cannot be divided for rank {rank} of {world_size}")
@@ -61,7 +64,7 @@ def training_batches(
     loader = DataLoader(
         _Samples(dataset, seed),
         batch_sampler=stretches,
-        collate_fn=_loaded,
+        collate_fn=partial(_loaded, mixgen=mixgen),
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
@@ -136,8 +139,10 @@ class _Loaded:
         return _Loaded(self.batch.pin_memory(), self.unreadable)
 
 
-def _loaded(samples: Sequence[Sample]) -> _Loaded:
-    return _Loaded(collate(samples), tuple(problem for sample in samples for problem in sample.unreadable))
+def _loaded(samples: Sequence[Sample], mixgen: MixGen | None) -> _Loaded:
+    batch = collate(samples if mixgen is None else mixgen.join(samples))
+    problems = tuple(problem for sample in samples for problem in sample.unreadable)
+    return _Loaded(replace(batch, mixed=mixgen.every if mixgen is not None else 0), problems)
 
 
 def _start_worker(_: int) -> None:

@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from imglish.data.augment import PolicyName, policy
+from imglish.data.images import Detail
+from imglish.data.patch_masks import PatchMaskConfig
+from imglish.data.text import CaptionStyle
 from imglish.training.settings import SettingsError, fill, read_mapping
 
 
@@ -24,13 +28,17 @@ def _positive(key: str, value: float | None) -> None:
 class DataRecipe:
     """Where the pairs come from and how they are prepared.
 
-    train: JSONL or CSV file (see `docs/train.md`), None when records are given in Python; images: folder that its
-    paths are relative to; split: take only records of this split; captions: an epoch shows every picture once with
-    "one" of its captions, or with that many of them at once (a number; the picture is encoded once for all of them),
-    or "all" captions, one at a time; workers: processes that decode pictures (0: the training process
-    itself); cache: keep decoded pictures in memory; crop: smallest area share of the random crop (None: the whole
-    picture); flip: mirror half of the pictures whose captions name no side; masking, whole_word: of the MLM
-    objective; swapped: use the wrong captions that the records hold as further ITM negatives.
+    train: JSONL or CSV file (see `docs/train.md`), None when records are given in Python; images: folder that its paths
+    are relative to; split: take only records of this split; captions: an epoch shows every picture once with "one" of
+    its captions, or with that many of them at once (a number; the picture is encoded once for all of them), or "all"
+    captions, one at a time; workers: processes that decode pictures (0: the training process itself); cache: keep
+    decoded pictures in memory; crop: smallest area share of the random crop (None: the whole picture); flip: mirror
+    half of the pictures whose captions name no side; decode: JPEGs in "full", at a reduced size that looks the same
+    ("good"), or "fast"; augment: RandAugment of a paper, at another ``magnitude`` than its own; mixgen: every
+    so-many-th pair of a batch becomes a mixture with the next one (the paper: 4); clean: captions as the "albef" or the "blip"
+    code cleans them, with at most ``max_words`` words, in validation too; masking, whole_word: of the MLM objective;
+    swapped: use the wrong captions that the records hold as further ITM negatives; patches: how pictures are masked for
+    masked image modelling.
     """
 
     train: str | None = None
@@ -41,9 +49,16 @@ class DataRecipe:
     cache: bool = False
     crop: float | None = 0.5
     flip: bool = True
+    decode: Detail = "good"
+    augment: PolicyName | None = None
+    magnitude: float | None = None
+    mixgen: int | None = None
+    clean: CaptionStyle = "none"
+    max_words: int = 30
     masking: float = 0.15
     whole_word: bool = False
     swapped: bool = False
+    patches: PatchMaskConfig = field(default_factory=PatchMaskConfig)
 
     def __post_init__(self) -> None:
         _between("workers", self.workers, 0, 256)
@@ -52,6 +67,16 @@ class DataRecipe:
         if self.crop is not None:
             _between("crop", self.crop, 0.01, 1)
         _between("masking", self.masking, 0.01, 0.9)
+        _between("max_words", self.max_words, 1, 100_000)
+        if self.mixgen is not None:
+            _between("mixgen", self.mixgen, 2, 1_000_000, "2 is every other pair, the paper has 4")
+        if self.augment is not None:
+            try:
+                policy(self.augment, self.magnitude)
+            except ValueError as error:
+                raise SettingsError("magnitude", str(error)) from error
+        elif self.magnitude is not None:
+            raise SettingsError("magnitude", "nothing is augmented; set data.augment to albef, blip or vilt")
 
 
 @dataclass(frozen=True)
@@ -190,10 +215,13 @@ class LogRecipe:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. ``model``: ``name`` of a configuration, or ``init``, an exported checkpoint to start from; and any
-    setting of the model's configuration, at any depth (``teacher: {alpha: 0.2}``). ``output``: folder of the run.
+    setting of the model's configuration, at any depth (``teacher: {alpha: 0.2}``). ``targets``: exported model that it
+    learns from: a visual tokenizer (BEiT, BEiT-3), or one whose image tower is distilled (VQ-KD). ``output``: folder of
+    the run.
     ``average``: decay of a moving average of the weights, which is then validated and exported (None: no average)."""
 
     model: dict[str, Any] = field(default_factory=dict)
+    targets: str | None = None
     output: str = "runs/train"
     seed: int = 0
     data: DataRecipe = DataRecipe()
@@ -279,6 +307,12 @@ def plan(recipe: Recipe, pairs: int, world_size: int = 1, queue_size: int = 0) -
             f"{size - size % (world_size * parts) or world_size * parts} does",
         )
     per_part = size // (world_size * parts)
+    if recipe.data.mixgen is not None and per_part % recipe.data.mixgen:
+        raise SettingsError(
+            "data.mixgen",
+            f"{recipe.data.mixgen} does not divide the {per_part} pairs that a process computes at a time, so that "
+            "the mixtures would depend on the number of processes",
+        )
     if per_part * world_size < 2:
         raise SettingsError("batch.accumulate", f"{parts} parts leave a single pair in each; lower it")
     if queue_size >= pairs:
