@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from imglish.checkpoints import native
 from imglish.data.batch import TextBatch
-from imglish.data.images import ImageTransform, decode
+from imglish.data.images import decode
+from imglish.data.patches import Patches
+from imglish.data.pictures import picture_of, stack
 from imglish.data.tokenizers import Tokenizer
 from imglish.evaluation.rerank import pair_scores
 from imglish.models.capabilities import (
@@ -81,7 +83,7 @@ class Model:
         self.config: Any = loaded.config
         self.score_rule = loaded.score_rule
         self.meta = loaded.meta
-        self._transform = ImageTransform(self.config.image.size, resize=self.config.image.resize)
+        self._transform = self.config.image.transform()
 
     @property
     def matches(self) -> bool:
@@ -105,7 +107,7 @@ class Model:
         encode = image_encoder(self.network, "a gallery")
         features, tokens = [], []
         for low in range(0, len(pictures), BATCH):
-            images = torch.stack([self._pixels(picture) for picture in pictures[low : low + BATCH]])
+            images = stack([self._pixels(picture) for picture in pictures[low : low + BATCH]])
             with torch.no_grad():
                 encoded = encode(images.to(self.device))
             features.append(encoded.features.float().cpu())
@@ -152,9 +154,9 @@ class Model:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def _pixels(self, picture: Picture) -> Tensor:
+    def _pixels(self, picture: Picture) -> Tensor | Patches:
         source = Path(picture) if isinstance(picture, str) else picture
-        return torch.tensor(self._transform(decode(source))).permute(2, 0, 1)
+        return picture_of(self._transform(decode(source)), self._transform)
 
     def _as_gallery(self, pictures: Sequence[Picture] | Gallery) -> Gallery:
         return pictures if isinstance(pictures, Gallery) else self.gallery(pictures)

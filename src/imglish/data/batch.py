@@ -87,11 +87,12 @@ class Unpaired:
 class Batch:
     """B pictures, each with its caption or its ``captions`` captions.
 
-    images: ``(B, 3, H, W)`` uint8 in 0..255 (normalised by the model on its device) or floating and normalised, or the
-    pictures of several sizes or regions that some models take; texts: B * captions of them, those of a picture one behind the other; image_ids: int64 ``(B,)``, equal for captions
-    of one picture, which are never negatives of one another; draws: float32 ``(B, 2)`` uniform in [0, 1), the random
-    numbers that choose the hard negative picture and the hard negative text of each pair; swapped: optionally one
-    wrong caption per picture, a negative that the data knows; patches: patches of the pictures to be predicted;
+    images: ``(B, 3, H, W)`` uint8 in 0..255 (normalised by the model on its device) or floating and normalised, or
+    pictures of several sizes, or regions (see :data:`imglish.data.pictures.Pictures`; models that take squares alone
+    read ``squares``); texts: B * captions of them, those of a picture one behind the other; image_ids: int64
+    ``(B,)``, equal for captions of one picture, which are never negatives of one another; draws: float32 ``(B, 2)``
+    uniform in [0, 1), the random numbers that choose the hard negative picture and the hard negative text of each
+    pair; swapped: optionally one wrong caption per picture, a negative that the data knows; patches: to be predicted;
     unpaired: pictures and texts beside the pairs; keys: names of the samples for messages; mixed: every so-many-th
     picture is yet to be blended with the next one (MixGen), 0 for none; mean_tokens: where this is
     one of several parts of a batch, how many text tokens a part has on average.
@@ -114,6 +115,13 @@ class Batch:
     def tokens(self) -> float:
         """Text tokens; of one of several parts their mean, so that what is divided by it adds up to the whole's."""
         return self.texts.segments.total if self.mean_tokens is None else self.mean_tokens
+
+    @property
+    def squares(self) -> Tensor:
+        """The pictures ``(B, 3, H, W)``; a TypeError where they have several sizes or are regions."""
+        if not isinstance(self.images, Tensor):
+            raise TypeError(f"this model takes pictures of one size, not a {type(self.images).__name__}")
+        return self.images
 
     def __len__(self) -> int:
         return len(self.images)
@@ -138,8 +146,8 @@ class Batch:
         """The batch with its MixGen pictures made, on the device where it lies: means of two, rounded up."""
         if not self.mixed:
             return self
-        one, two = self.images[: -1 : self.mixed], self.images[1 :: self.mixed]
-        images = self.images.clone()
+        one, two = self.squares[: -1 : self.mixed], self.squares[1 :: self.mixed]
+        images = self.squares.clone()
         images[: -1 : self.mixed] = ((one.to(torch.int16) + two + 1) // 2).to(torch.uint8)
         return replace(self, images=images, mixed=0)
 

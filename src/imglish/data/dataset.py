@@ -13,13 +13,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from imglish.data.aspect import AspectTransform
+from imglish.data.augment import AugmentPolicy
 from imglish.data.batch import Batch, MaskedTexts, TextBatch
 from imglish.data.epochs import EpochItems
 from imglish.data.errors import Problem
 from imglish.data.images import Detail, ImageError, ImageTransform, decode_sized
 from imglish.data.masking import MaskConfig, mask_tokens
 from imglish.data.patch_masks import PatchMaskConfig, pack_patch_masks
+from imglish.data.pictures import Picture, stack
 from imglish.data.records import Record
+from imglish.data.regions import RegionFile
 from imglish.data.sources.base import caption_counts, parts
 from imglish.data.text import CaptionStyle, clean_caption, mentions_side
 from imglish.data.tokenizers import Tokenizer
@@ -36,6 +40,7 @@ class Purpose(IntEnum):
     MASK = 3
     DRAW = 4
     PATCHES = 5
+    AUGMENT = 6
 
 
 def stream(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Generator:
@@ -47,13 +52,13 @@ def stream(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Ge
 
 @dataclass(frozen=True)
 class Sample:
-    """pixels: uint8 ``(size, size, 3)``; ids: of the caption; draws: two uniform numbers; masked: ids, positions,
-    labels of the MLM; more: ids of further captions of the picture, equally many in all samples; patches: bool
-    ``(rows, columns)``, True where a patch is to be predicted; unreadable: the pictures in whose place this one
-    stands."""
+    """pixels: uint8 ``(size, size, 3)``, or patches or regions; ids: of the caption; draws: two uniform numbers;
+    masked: ids, positions, labels of the MLM; more: ids of further captions of the picture, equally many in all
+    samples; patches: bool ``(rows, columns)``, True where a patch is to be predicted; unreadable: the pictures in
+    whose place this one stands."""
 
     key: str
-    pixels: np.ndarray
+    pixels: Picture
     ids: list[int]
     image_id: int
     draws: np.ndarray
@@ -70,15 +75,17 @@ class PairDataset:
     captions: ``"one"`` makes an item of every picture, with a random caption of its own each epoch; a number makes an
     item of every picture with so many of its captions at once (a picture that has fewer repeats some); ``"all"`` makes
     an item of every caption. tokenizer: None gives pictures alone, with texts of no token. clean: clean-up of captions
-    before the tokenizer. prompt: text that every caption begins with. mlm: also mask the texts. mim: also mask the pictures, of ``patch`` pixels a patch. swapped:
-    also give the wrong captions that the records hold. cache: keep pictures in memory after the first decoding, at
-    ``transform.cache_size`` (shared by forked workers). detail: of decoding JPEGs, see :func:`images.decode_sized`.
+    before the tokenizer. prompt: text that every caption begins with. mlm: also mask the texts. mim: also mask the
+    pictures, of ``patch`` pixels a patch. swapped: also give the wrong captions that the records hold. cache: keep
+    pictures in memory after the first decoding, at ``transform.cache_size`` (shared by forked workers). detail: of
+    decoding JPEGs, see :func:`images.decode_sized`. augment: RandAugment of the transformed pictures. regions: give
+    these, by the records' keys, in place of the pictures, which are then not read.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
-        transform: ImageTransform,
+        transform: ImageTransform | AspectTransform,
         tokenizer: Tokenizer | None,
         *,
         captions: Literal["one", "all"] | int = "one",
@@ -91,6 +98,8 @@ class PairDataset:
         swapped: bool = False,
         cache: bool = False,
         detail: Detail = "good",
+        augment: AugmentPolicy | None = None,
+        regions: RegionFile | None = None,
     ) -> None:
         if not records:
             raise ValueError("a data set without records")
@@ -120,6 +129,8 @@ class PairDataset:
         self.grid = (transform.size // patch, transform.size // patch)
         self.swapped = swapped
         self.detail: Detail = detail
+        self.augment = augment
+        self.regions = regions
         self.cache = PictureCache(len(records), transform.cache_size) if cache else None
         self._starts = np.concatenate([[0], np.cumsum(counts)]) if captions == "all" else None  # items of each record
         self._epoch = EpochItems.of(parts(records), self._starts)
@@ -146,13 +157,10 @@ class PairDataset:
             number, caption = self._place(seed, epoch, (item + step) % len(self))
             record = self.records[number]
             try:
-                picture, original = self._picture(number, (seed, epoch, item))
+                pixels = self._pixels(number, (seed, epoch, item))
             except ImageError as error:
                 unreadable.append(Problem(record.key, error.reason, str(error)))
                 continue
-            rng = stream(seed, epoch, item, Purpose.IMAGE)
-            may_flip = not any(map(mentions_side, record.captions)) if self.transform.flip else False
-            pixels = self.transform(picture, rng, may_flip=may_flip, original=original)
             return self._with_text(record, caption, pixels, (seed, epoch, item), tuple(unreadable))
         last = unreadable[-1].message
         raise ImageError(f"{len(unreadable)} pictures in a row cannot be read; the last: {last}")
@@ -161,7 +169,7 @@ class PairDataset:
         self,
         record: Record,
         caption: int | None,
-        pixels: np.ndarray,
+        pixels: Picture,
         where: tuple[int, int, int],
         unreadable: tuple[Problem, ...],
     ) -> Sample:
@@ -187,6 +195,19 @@ class PairDataset:
         swapped = ids.pop() if self.swapped else None
         more = tuple(ids[1:])
         return Sample(record.key, pixels, ids[0], record.image_id, draws, masked, swapped, more, patches, unreadable)
+
+    def _pixels(self, number: int, where: tuple[int, int, int]) -> Picture:
+        """What the model is given of the record's picture."""
+        record = self.records[number]
+        if self.regions is not None:
+            return self.regions[record.key]
+        picture, original = self._picture(number, where)
+        rng = stream(*where, Purpose.IMAGE)
+        may_flip = not any(map(mentions_side, record.captions)) if self.transform.flip else False
+        pixels = self.transform(picture, rng, may_flip=may_flip, original=original)
+        if self.augment is not None:
+            pixels = self.augment(pixels, stream(*where, Purpose.AUGMENT))
+        return self.transform.cut(pixels, rng) if isinstance(self.transform, AspectTransform) else pixels
 
     def _picture(self, number: int, where: tuple[int, int, int]) -> tuple[Image.Image, tuple[int, int]]:
         """The picture, squashed for the cache or decoded at the size that this epoch's crop needs, and its own (width,
@@ -252,11 +273,10 @@ def _memory() -> int:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack pictures ``(B, 3, H, W)`` uint8 and pack texts row behind row."""
-    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    """Stack pictures ``(B, 3, H, W)`` uint8 (or pack their patches or regions) and pack texts row behind row."""
     swapped = [sample.swapped for sample in samples if sample.swapped is not None]
     return Batch(
-        images=pixels.permute(0, 3, 1, 2).contiguous(),
+        images=stack([sample.pixels for sample in samples]),
         texts=TextBatch.of([ids for sample in samples for ids in (sample.ids, *sample.more)]),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         draws=torch.from_numpy(np.stack([sample.draws for sample in samples])),

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from imglish.data.pictures import Picture as PictureForm
 from imglish.evaluation.encoding import DEFAULT_MACHINE, Encodes, Machine, encode_captions, encode_pictures
 from imglish.evaluation.metrics import binding_scores
 from imglish.evaluation.rerank import PairList, ScoreRule, match_pairs, pair_scores
@@ -46,13 +47,13 @@ def evaluate_binding(
     model: nn.Module,
     tokenizer: Encodes,
     quadruples: Sequence[Quadruple[Picture]],
-    load: Callable[[Picture], Tensor],
+    load: Callable[[Picture], PictureForm],
     machine: Machine = DEFAULT_MACHINE,
     rule: ScoreRule = "itm",
 ) -> BindingResult:
     """Score all four pairs of every quadruple; under ``torchrun`` the ranks share the work.
 
-    load: a picture as ``(3, H, W)`` uint8 or normalised.
+    load: a picture as ``(3, H, W)`` uint8 or normalised, patches or regions.
     """
     if not quadruples:
         raise ValueError("there are no quadruples to evaluate on")

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from imglish.data.aspect import AspectTransform
 from imglish.data.batch import TextBatch
 from imglish.data.images import ImageTransform, decode
+from imglish.data.patches import Patches
+from imglish.data.pictures import Picture, Pictures, picture_of, stack
 from imglish.data.records import Record
 from imglish.evaluation.sharing import blocks, mine, share
 from imglish.evaluation.tokens import TokenStore
@@ -74,12 +77,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def picture_loader(transform: ImageTransform) -> Callable[[Record], Tensor]:
-    """A function that decodes a record's picture in full and gives it as uint8 ``(3, size, size)``."""
+def picture_loader(transform: ImageTransform | AspectTransform) -> Callable[[Record], Tensor | Patches]:
+    """A function that decodes a record's picture in full and gives it as uint8 ``(3, size, size)`` or patches."""
 
-    def load(record: Record) -> Tensor:
-        pixels = torch.tensor(transform(decode(record.image, name=record.key)))
-        return pixels.permute(2, 0, 1).contiguous()
+    def load(record: Record) -> Tensor | Patches:
+        return picture_of(transform(decode(record.image, name=record.key)), transform)
 
     return load
 
@@ -87,14 +89,15 @@ def picture_loader(transform: ImageTransform) -> Callable[[Record], Tensor]:
 def encode_pictures(
     model: nn.Module,
     pictures: Sequence[Item],
-    load: Callable[[Item], Tensor],
+    load: Callable[[Item], Picture],
     machine: Machine,
     store: TokenStore | None = None,
 ) -> Tensor:
     """Features ``(I, E)`` float32 of all pictures on the model's device, the same on all ranks (E = 0 for a model
     without towers).
 
-    load: a picture as ``(3, H, W)``, called in threads; store: takes the tokens of this rank's blocks.
+    load: a picture as ``(3, H, W)``, patches or regions, called in threads; store: takes the tokens of this rank's
+    blocks.
     """
     encode = image_encoder(model, "retrieval")
     device = device_of(model)
@@ -114,22 +117,22 @@ def encode_pictures(
 
 
 def _loaded(
-    items: Sequence[Item], parts: list[range], load: Callable[[Item], Tensor], threads: int
-) -> Iterator[tuple[int, Tensor]]:
-    """This rank's blocks as ``(B, 3, H, W)``; the next block is read while one is being used."""
+    items: Sequence[Item], parts: list[range], load: Callable[[Item], Picture], threads: int
+) -> Iterator[tuple[int, Pictures]]:
+    """This rank's blocks as batches of pictures; the next block is read while one is being used."""
     with ThreadPoolExecutor(threads) as pool:
 
-        def begin(block: int) -> tuple[int, list[Future[Tensor]]]:
+        def begin(block: int) -> tuple[int, list[Future[Picture]]]:
             return block, [pool.submit(load, items[i]) for i in parts[block]]
 
         waiting = None
         for block in mine(len(parts)):
             coming = begin(block)
             if waiting is not None:
-                yield waiting[0], torch.stack([future.result() for future in waiting[1]])
+                yield waiting[0], stack([future.result() for future in waiting[1]])
             waiting = coming
         if waiting is not None:
-            yield waiting[0], torch.stack([future.result() for future in waiting[1]])
+            yield waiting[0], stack([future.result() for future in waiting[1]])
 
 
 def encode_captions(

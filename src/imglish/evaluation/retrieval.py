@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imglish.data.aspect import AspectTransform
 from imglish.data.images import ImageTransform
+from imglish.data.pictures import Picture
 from imglish.data.records import Record
 from imglish.evaluation.encoding import Encodes, Machine, encode_captions, encode_pictures, picture_loader
 from imglish.evaluation.metrics import TIES, Ties, beyond, both_ways, ranks, recalls_within
@@ -86,9 +88,9 @@ class RetrievalResult:
     """Recalls in percent under the names of :func:`imglish.evaluation.metrics.recalls`, and how they were measured.
 
     towers: by dot product, None for a model without towers; reranked: with the first ``rerank`` candidates ordered by
-    the fusion, or None (one of the two is there); sweep: k -> the same for smaller k; image_to_image, text_to_text: where the data allow; pairs: how many pairs the fusion scored;
-    seconds: wall clock of each part; notes: what was clamped or left out. tower_lists, reranked_lists: for examples,
-    not part of :meth:`to_dict`.
+    the fusion, or None (one of the two is there); sweep: k -> the same for smaller k; image_to_image, text_to_text:
+    where the data allow; pairs: how many pairs the fusion scored; seconds: wall clock of each part; notes: what was
+    clamped or left out. tower_lists, reranked_lists: for examples, not part of :meth:`to_dict`.
     """
 
     images: int
@@ -218,12 +220,12 @@ def evaluate_retrieval(
     tokenizer: Encodes,
     records: Sequence[Record],
     config: RetrievalConfig = RetrievalConfig(),
-    transform: ImageTransform | Callable[[Record], Tensor] | None = None,
+    transform: ImageTransform | AspectTransform | Callable[[Record], Picture] | None = None,
 ) -> RetrievalResult:
     """Measure retrieval on ``records``; under ``torchrun`` all ranks call this, share the work and get the result.
 
     transform: how a picture is brought to the model's size, or a function that gives a record's picture as
-    ``(3, H, W)``; left out, as the model's ``config.image`` says.
+    ``(3, H, W)``, patches or regions; left out, as the model's ``config.image`` says.
     Pictures whose records share a ``group`` find each other in picture-to-picture search; without groups there is none.
     The model is evaluated as ``eval()`` and put back. Without a fusion tower the reranking is left out, and said; a
     model without towers scores every pair. Raises ``MissingCapabilityError`` for a model with neither.
@@ -271,12 +273,12 @@ def evaluate_retrieval(
 
 
 def _loader(
-    model: nn.Module, transform: ImageTransform | Callable[[Record], Tensor] | None
-) -> Callable[[Record], Tensor]:
+    model: nn.Module, transform: ImageTransform | AspectTransform | Callable[[Record], Picture] | None
+) -> Callable[[Record], Picture]:
     if transform is None:
         config: Any = model.config
-        transform = ImageTransform(config.image.size, resize=config.image.resize)
-    return picture_loader(transform) if isinstance(transform, ImageTransform) else transform
+        transform = config.image.transform()
+    return picture_loader(transform) if isinstance(transform, (ImageTransform, AspectTransform)) else transform
 
 
 def how_many(config: RetrievalConfig, images: int, texts: int, model: object, notes: list[str]) -> int:

@@ -271,7 +271,7 @@ class Clip(nn.Module):
 
     def embed(self, batch: Batch, teacher: Any = None) -> Embedded:
         """Features of both towers."""
-        image, text = self.encode_images(batch.images), self.encode_texts(batch.texts)
+        image, text = self.encode_images(batch.squares), self.encode_texts(batch.texts)
         return Embedded(image.features, text.features, batch.image_ids)
 
     def contrast(self, embedded: Embedded, teacher: Any = None) -> dict[str, Tensor]:

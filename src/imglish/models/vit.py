@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from imglish.data.images import ImageTransform
 from imglish.nn.blocks import Activation, BlockConfig
 from imglish.nn.embed import PatchEmbed
 from imglish.nn.segments import Rows, Segments
@@ -28,6 +29,10 @@ class ImageInput:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     resize: Literal["squash", "center"] = "squash"
+
+    def transform(self, crop_scale: tuple[float, float] | None = None, flip: bool = False) -> ImageTransform:
+        """How a picture becomes such input; without ``crop_scale`` and ``flip`` as in evaluation."""
+        return ImageTransform(self.size, self.resize, crop_scale=crop_scale, flip=flip)
 
 
 @dataclass(frozen=True)
