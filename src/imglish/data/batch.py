@@ -117,6 +117,11 @@ class Batch:
         return self.texts.segments.total if self.mean_tokens is None else self.mean_tokens
 
     @property
+    def has_images(self) -> bool:
+        """False in a batch of texts alone, whose pictures are ``(B, 3, 0, 0)``."""
+        return not (isinstance(self.images, Tensor) and self.images.shape[-1] == 0)
+
+    @property
     def squares(self) -> Tensor:
         """The pictures ``(B, 3, H, W)``; a TypeError where they have several sizes or are regions."""
         if not isinstance(self.images, Tensor):

@@ -77,37 +77,42 @@ class BertEmbedding(nn.Module):
     """Word + position (+ token type) embeddings, LayerNorm, dropout (Devlin et al. 2019); ``(T,)`` -> ``(T, D)``.
 
     All texts are of token type 0, so of a checkpoint's two type vectors only the first is ever used; both are
-    kept for exchange with the official files. ``types=0`` builds without them (BLIP).
+    kept for exchange with the official files. ``types=0`` builds without them (BLIP), ``max_length=None`` without
+    positions (a model whose attention knows them, VLMo).
     """
 
     def __init__(
-        self, vocab_size: int, max_length: int, width: int, norm_eps: float, dropout: float, types: int = 2
+        self, vocab_size: int, max_length: int | None, width: int, norm_eps: float, dropout: float, types: int = 2
     ) -> None:
         super().__init__()
         self.words = nn.Embedding(vocab_size, width)
-        self.positions = nn.Embedding(max_length, width)
+        self.positions = None if max_length is None else nn.Embedding(max_length, width)
         self.types = nn.Embedding(types, width) if types else None
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, texts: TextBatch, positions: Tensor | None = None) -> Tensor:
         """positions: int64 ``(T,)`` of the tokens, where the texts are continued; default: counted from each start."""
-        if positions is None and texts.segments.longest > self.positions.num_embeddings:
-            raise ValueError(
-                f"a text has {texts.segments.longest} tokens, the model takes {self.positions.num_embeddings}: "
-                "tokenize with a smaller max_length"
-            )
-        if positions is None:
-            positions = texts.segments.positions(texts.ids.device)
-        x = self.words(texts.ids) + self.positions(positions)
+        x = self.words(texts.ids)
+        if self.positions is not None:
+            x = x + self.positions(self._counted(texts) if positions is None else positions)
         if self.types is not None:
             x = x + self.types.weight[0]
         out: Tensor = self.dropout(self.norm(x))
         return out
 
+    def _counted(self, texts: TextBatch) -> Tensor:
+        assert self.positions is not None
+        if texts.segments.longest > self.positions.num_embeddings:
+            raise ValueError(
+                f"a text has {texts.segments.longest} tokens, the model takes {self.positions.num_embeddings}: "
+                "tokenize with a smaller max_length"
+            )
+        return texts.segments.positions(texts.ids.device)
+
 
 class MlmHead(nn.Module):
-    """BERT's masked-language head: dense, GELU, LayerNorm, then the word embeddings as output matrix (tied) + bias."""
+    """BERT's masked-language head: dense, GELU, LayerNorm, then an output matrix (BERT: the word embeddings) + bias."""
 
     def __init__(self, width: int, vocab_size: int, norm_eps: float) -> None:
         super().__init__()
@@ -116,5 +121,5 @@ class MlmHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, rows_MD: Tensor, words: Tensor) -> Tensor:
-        """``(M, D)`` rows and the word table ``(V, D)`` -> logits ``(M, V)``. Give it masked rows only."""
+        """``(M, D)`` rows and the output matrix ``(V, D)`` -> logits ``(M, V)``. Give it masked rows only."""
         return F.linear(self.norm(F.gelu(self.dense(rows_MD))), words, self.bias)

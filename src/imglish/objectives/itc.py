@@ -42,6 +42,27 @@ def itc_loss(
         return (i2t + t2i) / 2
 
 
+def itc_loss_of_own_features(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor) -> Tensor:
+    """InfoNCE as VLMo's official code computes it: other ranks' features take part without their gradient.
+
+    Arguments as in :func:`itc_loss`. Each rank computes the loss of the whole batch; averaged over W ranks the features
+    receive 1 / W of its gradient, so the loss weighs the less the more ranks there are. For comparison only.
+    """
+    with _full_precision(image):
+        image, text = (_own_among_all(_as_float(x)) for x in (image, text))
+        everyone = gather(ids)
+        targets = (everyone[:, None] == everyone[None, :]).float()
+        targets /= targets.sum(1, keepdim=True)
+        logits = logit_scale * image @ text.T
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def _own_among_all(x: Tensor) -> Tensor:
+    """``(B, E)`` of every rank in rank order, ``(N, E)``; a gradient comes back for the rows of this rank only."""
+    everyone, first = gather(x), rank() * x.shape[0]
+    return torch.cat([everyone[:first], x, everyone[first + x.shape[0] :]])
+
+
 def siglip_loss(
     image: Tensor,
     text: Tensor,

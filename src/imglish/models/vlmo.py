@@ -1,0 +1,518 @@
+"""VLMo (Bao et al. 2022, "VLMo: Unified Vision-Language Pre-Training with Mixture-of-Modality-Experts").
+
+One Transformer, three ways to use it; attention is shared, feed-forwards are experts of the modality (V, L) or of the
+pair (VL, on top):
+
+    picture alone   V V V V V V V V V V V V ----------------> ITC     once more with VL on top -> ITC
+    text alone      L L L L L L L L L L L L ----------------> ITC     once more with VL on top -> ITC
+    pair            [V+L] x 10 ............ VL VL ----------> ITM, MLM
+
+Before pairs it is trained on pictures alone (:mod:`imglish.models.beit`) and on texts alone (section 3.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imglish.data.batch import Batch, MaskedTexts, TextBatch
+from imglish.models.aligned import init_weights, itm_losses
+from imglish.models.capabilities import Embedded, EncodedImages, EncodedTexts, ImageMemory
+from imglish.models.pairing import Negatives
+from imglish.models.vit import ImageInput
+from imglish.nn.embed import BertEmbedding, MlmHead, PatchEmbed
+from imglish.nn.experts import BY_MODALITY, FUSED_APART, NONE, SHARED, ExpertBlockConfig, FusedQkv, Packing, Read
+from imglish.nn.relative import RelativeBias
+from imglish.nn.segments import HostCopy, Segments, upload_index
+from imglish.objectives.exchange import exchange_samples, gather_rows
+from imglish.objectives.gather import gather, rank, world_size
+from imglish.objectives.itc import itc_loss, itc_loss_of_own_features
+from imglish.objectives.itm import draw_negatives, has_negative, negative_weights
+from imglish.objectives.mlm import mlm_loss
+
+HALF = (0.5, 0.5, 0.5)
+TEXT, IMAGE = 0, 1
+"""Rows of the table of token types."""
+
+
+@dataclass(frozen=True)
+class VlmoConfig:
+    """Sizes and objectives; the defaults are the published base model.
+
+    max_length: longest text; text_distances: texts up to this length have distances in the relative table (not used with
+    ``positions="absolute"``, where positions are added to the embeddings); fused_layers: layers on top that have a VL
+    expert. drop_path: stochastic depth, growing from zero to this in the last layer, and dropout of the text
+    embeddings. itc, itm, mlm: which objectives are trained; itc_fused: ITC also from features that passed the VL
+    experts (as in the official code; the paper names the first form only); mlm_weight: factor of MLM beside the others;
+    hard_negatives: share of ITM negatives drawn by similarity. own_features_only: contrast other ranks' features
+    without their gradient, as the official code does, so that its strength depends on the number of ranks; for
+    comparison only.
+    """
+
+    image: ImageInput = field(default_factory=lambda: ImageInput(224, HALF, HALF))
+    patch: int = 16
+    vocab_size: int = 30522
+    max_length: int = 40
+    text_distances: int = 196
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    fused_layers: int = 2
+    positions: Literal["relative", "absolute"] = "relative"
+    layer_scale: float | None = 0.1
+    norm_eps: float = 1e-6
+    text_norm_eps: float = 1e-12
+    drop_path: float = 0.1
+    embed_dim: int = 768
+    temperature: float = 0.07
+    itc: bool = True
+    itc_fused: bool = True
+    itm: bool = True
+    mlm: bool = True
+    mlm_weight: float = 0.25
+    hard_negatives: float = 1.0
+    own_features_only: bool = False
+    embedding_std: float = 0.02
+
+    family: ClassVar[str] = "vlmo"
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image.size // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Of a picture: patches and the class token."""
+        return self.grid**2 + 1
+
+    def __post_init__(self) -> None:
+        if self.image.size % self.patch:
+            raise ValueError(f"image size {self.image.size} is not a multiple of patch size {self.patch}")
+        if not 0 <= self.fused_layers < self.depth:
+            raise ValueError(f"fused_layers {self.fused_layers} must lie between 0 and depth - 1 = {self.depth - 1}")
+        if self.positions == "relative" and self.max_length > self.text_distances:
+            raise ValueError(f"max_length {self.max_length} is above text_distances = {self.text_distances}")
+        if not 0 <= self.hard_negatives <= 1:
+            raise ValueError(f"hard_negatives is {self.hard_negatives}, a share between 0 and 1")
+        if self.itc_fused and not (self.itc and self.fused_layers):
+            raise ValueError("itc_fused needs itc and at least one of fused_layers")
+
+    def block(self, layer: int) -> ExpertBlockConfig:
+        """Layer number ``layer``: shared attention, feed-forward by modality, with a VL expert on top."""
+        return ExpertBlockConfig(
+            width=self.width,
+            heads=self.heads,
+            hidden=self.hidden,
+            attention=SHARED,
+            feed_forward=FUSED_APART if layer >= self.depth - self.fused_layers else BY_MODALITY,
+            norm_eps=self.norm_eps,
+            qkv_bias="qv",
+            layer_scale=self.layer_scale,
+            drop_path=self.drop_path * layer / max(1, self.depth - 1),
+        )
+
+    def build(self) -> Vlmo:
+        return Vlmo(self)
+
+
+@dataclass(frozen=True)
+class _Towers:
+    """Input rows of the batch's pictures ``(B, L, D)`` and of its texts ``(T, D)``, which the pairs begin with."""
+
+    tokens: Tensor
+    rows: Tensor
+
+
+class Vlmo(nn.Module):
+    """Encodes pictures and texts, matches pairs, fills masks; ``losses`` is one training step."""
+
+    family = "vlmo"
+
+    def __init__(self, config: VlmoConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, relative = config.width, config.positions == "relative"
+        self.patch_embed = PatchEmbed(config.patch, width, config.image.mean, config.image.std)
+        self.class_token = nn.Parameter(torch.zeros(width))
+        self.positions = None if relative else nn.Parameter(torch.zeros(config.tokens, width))
+        self.embedding = BertEmbedding(
+            config.vocab_size, None if relative else config.max_length, width, config.text_norm_eps, config.drop_path
+        )
+        self.types = nn.Embedding(2, width)
+        self.relative = (
+            RelativeBias(config.grid, config.text_distances, config.heads, config.depth) if relative else None
+        )
+        self.blocks = nn.ModuleList(config.block(layer).build() for layer in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        if config.mlm:
+            self.mlm_head = MlmHead(width, config.vocab_size, config.text_norm_eps)
+            self.mlm_words = nn.Linear(width, config.vocab_size, bias=False)
+        if config.itm:
+            self.pooler = nn.Linear(width, width)
+            self.itm_head = nn.Linear(width, 2)
+        if config.itc:
+            self.image_proj = nn.Linear(width, config.embed_dim, bias=False)
+            self.text_proj = nn.Linear(width, config.embed_dim, bias=False)
+            self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+        if config.itc_fused:
+            self.image_proj_fused = nn.Linear(width, config.embed_dim, bias=False)
+            self.text_proj_fused = nn.Linear(width, config.embed_dim, bias=False)
+            self.logit_scale_fused = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+        self._init()
+
+    def _init(self) -> None:
+        """As BEiT (section 2.5): branches' last matrices are smaller in higher layers, by 1 / sqrt(2 l)."""
+        config = self.config
+        init_weights(self, config.width, config.embedding_std)
+        std = 0.02 * math.sqrt(768 / config.width)
+        with torch.no_grad():
+            for table in (self.class_token, *(() if self.positions is None else (self.positions,))):
+                table.normal_(0, config.embedding_std)
+            for part in self.modules():
+                if isinstance(part, FusedQkv):
+                    nn.init.trunc_normal_(part.weight, std=std)
+            for layer, block in enumerate(self.blocks, 1):
+                for name, parameter in block.named_parameters():
+                    if name.endswith("fc2.weight") or (".out." in name and name.endswith("weight")):
+                        parameter.div_(math.sqrt(2 * layer))
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep the logit scales at most 100, as CLIP does; officially they may grow without limit."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("logit_scale"):
+                parameter.clamp_(max=math.log(100))
+
+    # ---- input rows -------------------------------------------------------------------------------------------------
+
+    def picture_rows(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` uint8 or normalised -> ``(B, L, D)``, class token first."""
+        x = self.patch_embed(images)
+        x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        if x.shape[1] != self.config.tokens:
+            raise ValueError(
+                f"pictures give {x.shape[1]} tokens, the model takes {self.config.tokens}: "
+                f"resize them to {self.config.image.size} pixels"
+            )
+        if self.positions is not None:
+            x = x + self.positions
+        return x + self.types.weight[IMAGE]
+
+    def text_rows(self, texts: TextBatch) -> Tensor:
+        """Packed texts -> ``(T, D)``."""
+        rows: Tensor = self.embedding(texts) + self.types.weight[TEXT]
+        return rows
+
+    # ---- the Transformer --------------------------------------------------------------------------------------------
+
+    def transform(self, rows: Tensor, packing: Packing, read: Read | None = None) -> Tensor:
+        """All layers and the final norm over ``rows (T, D)``; returns ``(T, D)``, or the M rows of ``read``."""
+        bias = self._bias(packing)
+        for layer in range(self.config.depth):
+            last = layer == self.config.depth - 1
+            rows = self.blocks[layer](rows, packing, bias[layer], read if last else None)
+        normed: Tensor = self.norm(rows)
+        return normed
+
+    def _bias(self, packing: Packing) -> Sequence[Sequence[Tensor] | None]:
+        return [None] * self.config.depth if self.relative is None else self.relative(packing)
+
+    def _towers(self, pictures: Tensor, rows: Tensor, texts: Segments) -> tuple[Tensor, ...]:
+        """[CLS] of pictures ``(B, L, D)`` and texts ``(T, D)`` on their own, all in one pass: ``(B, D)``, ``(N, D)``;
+        with ``itc_fused`` twice: by V and L experts, and with the VL experts in the layers that have them."""
+        segments = Segments.equal(pictures.shape[0], pictures.shape[1])
+        packing, rows = Packing(image=segments, text=texts), torch.cat([pictures.flatten(0, 1), rows])
+        bias = self._bias(packing)
+        below = self.config.depth - (self.config.fused_layers if self.config.itc_fused else 0)
+        for layer in range(self.config.depth):
+            if layer == below:
+                rows, packing = _twice(rows, packing)
+            read = Read.first(packing, rows.device) if layer == self.config.depth - 1 else None
+            rows = self.blocks[layer](rows, packing, bias[layer], read)
+        count = [segments.count, texts.count]
+        return self.norm(rows).split(count if below == self.config.depth else [count[0], *count, count[1]])
+
+    def encode_images(self, images: Tensor) -> EncodedImages:
+        """``(B, 3, H, W)`` uint8 or normalised -> features ``(B, E)`` and input rows ``(B, L, D)`` for matching."""
+        tokens = self.picture_rows(images)
+        packing = Packing(image=Segments.equal(tokens.shape[0], tokens.shape[1]))
+        cls = self.transform(tokens.flatten(0, 1), packing, Read.first(packing, tokens.device))
+        return EncodedImages(_features(self.image_proj, cls), tokens)
+
+    def encode_texts(self, texts: TextBatch) -> EncodedTexts:
+        """Packed texts -> features ``(N, E)`` and input rows ``(T, D)`` for matching."""
+        rows, packing = self.text_rows(texts), Packing(text=texts.segments)
+        cls = self.transform(rows, packing, Read.first(packing, rows.device))
+        return EncodedTexts(_features(self.text_proj, cls), texts.segments, rows)
+
+    # ---- pairs ------------------------------------------------------------------------------------------------------
+
+    def project_images(self, tokens: Tensor) -> ImageMemory:
+        """The input rows ``tokens (B, L, D)`` themselves: pair sequences are read from the first layer on."""
+        return ImageMemory(((tokens.flatten(0, 1),),), Segments.equal(tokens.shape[0], tokens.shape[1]))
+
+    def match(
+        self, memory: ImageMemory, texts: EncodedTexts, image_index: Sequence[int], text_index: Sequence[int]
+    ) -> Tensor:
+        """ITM logits ``(P, 2)``, column 1 = matched, of pairs of a picture of ``memory`` and one of ``texts``."""
+        return self._itm_logits(self.pooled(memory, texts, image_index, text_index))
+
+    def pooled(
+        self, memory: ImageMemory, texts: EncodedTexts, image_index: Sequence[int], text_index: Sequence[int]
+    ) -> Tensor:
+        """[CLS] of the text of each pair after all layers and the final norm, ``(P, D)``."""
+        if texts.rows is None:
+            raise ValueError("pairs need texts.rows: encode the texts with this model")
+        ((pictures,),), device = memory.layers, texts.rows.device
+        packing = Packing(fused_image=memory.segments.select(image_index), fused_text=texts.segments.select(text_index))
+        rows = [
+            pictures[upload_index(memory.segments.rows_of(image_index), device)],
+            texts.rows[upload_index(texts.segments.rows_of(text_index), device)],
+        ]
+        return self.transform(torch.cat(rows), packing, Read.first(packing, device))
+
+    def fill_masks(self, tokens: Tensor, masked: MaskedTexts, segments: Segments) -> Tensor:
+        """MLM logits ``(M, V)`` of the masked rows, text b beside picture b; tokens: input rows ``(B, L, D)``."""
+        rows = self.text_rows(TextBatch(masked.ids, segments))
+        return self._mlm_logits(self._read_pairs(tokens, rows, segments, segments.count, masked.rows, masked.counts))
+
+    def fill_text_masks(self, masked: MaskedTexts, segments: Segments) -> Tensor:
+        """MLM logits ``(M, V)`` of the masked rows of texts alone."""
+        rows = self.text_rows(TextBatch(masked.ids, segments))
+        read = Read(masked.rows, Packing(text=Segments(masked.counts)))
+        return self._mlm_logits(self.transform(rows, Packing(text=segments), read))
+
+    def _read_pairs(
+        self, tokens: Tensor, rows: Tensor, segments: Segments, count: int, index: Tensor, counts: tuple[int, ...]
+    ) -> Tensor:
+        """Some text rows of pairs after all layers, ``(M, D)``: texts ``rows (T, D)``, several sets of ``count``, each
+        beside the pictures ``tokens (B, L, D)``; index: which of the T rows; counts: how many in each text."""
+        sets = segments.count // count
+        pictures = Segments.equal(segments.count, tokens.shape[1])
+        packing = Packing(fused_image=pictures, fused_text=segments)
+        read = Read(
+            index + pictures.total,
+            Packing(fused_image=Segments.equal(len(pictures.lengths), 0), fused_text=Segments(counts)),
+        )
+        return self.transform(torch.cat([tokens.flatten(0, 1)] * sets + [rows]), packing, read)
+
+    def _itm_logits(self, cls: Tensor) -> Tensor:
+        logits: Tensor = self.itm_head(torch.tanh(self.pooler(cls)))
+        return logits
+
+    def _mlm_logits(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self.mlm_head(rows, self.mlm_words.weight)
+        return logits
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, teacher: None = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
+        return self.losses(batch, teacher, feature_grads)
+
+    def embed(self, batch: Batch, teacher: None = None) -> Embedded:
+        """Pictures and texts on their own, in one packed pass; features of both forms of ITC lie side by side:
+        ``(B, 2 E)`` with ``itc_fused``, else ``(B, E)``; ``(B, 0)`` without ITC or pictures."""
+        if not (self.config.itc and batch.has_images):
+            nothing = torch.zeros(len(batch), 0, device=batch.image_ids.device)
+            towers = (
+                _Towers(self.picture_rows(batch.squares), self.text_rows(batch.texts)) if batch.has_images else None
+            )
+            return Embedded(nothing, nothing, batch.image_ids, towers=towers)
+        pictures, rows = self.picture_rows(batch.squares), self.text_rows(batch.texts)
+        cls = self._towers(pictures, rows, batch.texts.segments)
+        image, text = _features(self.image_proj, cls[0]), _features(self.text_proj, cls[-1])
+        if self.config.itc_fused:
+            image = torch.cat([image, _features(self.image_proj_fused, cls[1])], dim=1)
+            text = torch.cat([text, _features(self.text_proj_fused, cls[2])], dim=1)
+        return Embedded(image, text, batch.image_ids, towers=_Towers(pictures, rows))
+
+    def contrast(self, embedded: Embedded, teacher: None = None) -> dict[str, Tensor]:
+        """ITC, the mean of its two forms (section 3.2)."""
+        if not embedded.image.shape[1]:
+            return {}
+        loss = itc_loss_of_own_features if self.config.own_features_only else itc_loss
+        width = self.config.embed_dim
+        scales = [self.logit_scale, *([self.logit_scale_fused] if self.config.itc_fused else [])]
+        forms = zip(embedded.image.split(width, 1), embedded.text.split(width, 1), scales, strict=True)
+        each = [loss(image, text, scale.exp(), embedded.image_ids) for image, text, scale in forms]
+        return {"itc": torch.stack(each).mean()}
+
+    def losses(self, batch: Batch, teacher: None = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
+        """One training step in three packed passes without a padded token: pictures and texts alone; the pairs known
+        beforehand (positive, swapped, masked); the hard negatives, whose numbers reach the host meanwhile.
+
+        A batch of texts alone gives the MLM of the second stage, with full weight. ``feature_grads``: gradients with
+        respect to the features, in place of the contrastive loss.
+        """
+        if not batch.has_images:
+            return {"mlm": self._text_loss(batch)}
+        embedded = self.embed(batch)
+        losses = self.contrast(embedded) if feature_grads is None else embedded.surrogate(feature_grads)
+        negatives = self._draw(embedded, batch.draws) if self.config.itm else None
+        known, filled = self._known_pairs(batch, embedded.towers)
+        if self.config.mlm:
+            assert batch.masked is not None
+            loss = mlm_loss(self._mlm_logits(filled), batch.masked.labels)
+            losses |= {"mlm": self.config.mlm_weight * loss}
+        if negatives is not None:
+            drawn = self._negative_pairs(negatives, batch, embedded.towers)
+            losses |= itm_losses(self._itm_logits(torch.cat([known, drawn])), negatives)
+        return losses
+
+    def _text_loss(self, batch: Batch) -> Tensor:
+        if batch.masked is None or not self.config.mlm:
+            raise ValueError("a batch of texts alone is trained by MLM: it needs masked texts and model.mlm=true")
+        return mlm_loss(self.fill_text_masks(batch.masked, batch.texts.segments), batch.masked.labels)
+
+    def _known_pairs(self, batch: Batch, towers: _Towers) -> tuple[Tensor, Tensor]:
+        """[CLS] of the clean and of the swapped texts beside their picture, and the masked rows of the masked texts."""
+        count, device = len(batch), towers.rows.device
+        rows, segments, index = [], NONE, []
+        counts: tuple[int, ...] = ()
+        if self.config.itm:
+            rows, segments = [towers.rows], batch.texts.segments
+            if batch.swapped is not None:
+                rows, segments = [*rows, self.text_rows(batch.swapped)], segments + batch.swapped.segments
+            index, counts = [segments.starts(device)], (1,) * segments.count
+        matched = segments.count
+        if self.config.mlm:
+            if batch.masked is None:
+                raise ValueError("the MLM objective needs masked texts: the loader makes them, or set model.mlm=false")
+            index.append(batch.masked.rows + segments.total)
+            rows.append(self.text_rows(TextBatch(batch.masked.ids, batch.texts.segments)))
+            segments, counts = segments + batch.texts.segments, counts + batch.masked.counts
+        if not rows:
+            return towers.rows[:0], towers.rows[:0]
+        out = self._read_pairs(towers.tokens, torch.cat(rows), segments, count, torch.cat(index), counts)
+        return out[:matched], out[matched:]
+
+    def _draw(self, embedded: Embedded, draws: Tensor) -> Negatives:
+        """One hard negative text a picture and picture a text, over the batch of all ranks, by ITC similarity.
+
+        The numbers of all ranks travel to the host, ``(W, 2, B)``: each rank learns what the others want of it.
+        """
+        ids, everyone = embedded.image_ids, gather(embedded.image_ids)
+        with torch.no_grad():
+            nothing = torch.zeros(ids.shape[0], everyone.shape[0], device=ids.device)
+            texts = pictures = negative_weights(nothing, ids, everyone)
+            if self.config.itc and self.config.hard_negatives > 0:
+                image, text = (x[:, : self.config.embed_dim].detach() for x in (embedded.image, embedded.text))
+                scale, share = self.logit_scale.exp(), self.config.hard_negatives
+                texts = texts.lerp(negative_weights(scale * image @ gather(text).T, ids, everyone), share)
+                pictures = pictures.lerp(negative_weights(scale * text @ gather(image).T, ids, everyone), share)
+            chosen = torch.stack([draw_negatives(pictures, draws[:, 0]), draw_negatives(texts, draws[:, 1])])
+            exist = torch.cat([has_negative(pictures), has_negative(texts)])
+        return Negatives(HostCopy(gather(chosen[None])), exist)
+
+    def _negative_pairs(self, negatives: Negatives, batch: Batch, towers: _Towers) -> Tensor:
+        """[CLS] ``(2B, D)``: B texts with their negative picture, B pictures with their negative text.
+
+        What lies on other ranks comes as pixels and token ids and is embedded here, so gradients need no way back.
+        """
+        chosen, count, mine = negatives.chosen.numpy(), len(batch), np.arange(len(batch))
+        tokens, rows, segments = towers.tokens, towers.rows, batch.texts.segments
+        pictures, captions = chosen[rank()]
+        if world_size() > 1:
+            first = rank() * count
+            foreign = [np.setdiff1d(wanted, r * count + mine) for r, wanted in enumerate(chosen[:, 0])]
+            tokens = torch.cat([tokens, self.picture_rows(exchange_samples(batch.squares, foreign))])
+            place = {int(n): count + i for i, n in enumerate(foreign[rank()])} | {first + i: i for i in range(count)}
+            pictures = np.array([place[int(n)] for n in pictures])
+            ids, everyone = gather_rows(batch.texts.ids[:, None], segments)
+            wanted = TextBatch(ids[upload_index(everyone.rows_of(captions), ids.device), 0], everyone.select(captions))
+            rows, segments = torch.cat([rows, self.text_rows(wanted)]), segments + wanted.segments
+            captions = count + mine
+        texts = EncodedTexts(rows[:0], segments, rows)
+        both = [*pictures.tolist(), *mine.tolist()], [*mine.tolist(), *captions.tolist()]
+        return self.pooled(self.project_images(tokens), texts, *both)
+
+
+def _features(projection: nn.Module, cls: Tensor) -> Tensor:
+    return F.normalize(projection(cls).float(), dim=-1)
+
+
+def _twice(rows: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+    """Pictures and texts alone, and each once more as a fused sequence without a partner."""
+    pictures, texts = rows.split([packing.image.total, packing.text.total])
+    nobody = Segments.equal(packing.image.count, 0), Segments.equal(packing.text.count, 0)
+    doubled = Packing(packing.image, packing.image + nobody[1], nobody[0] + packing.text, packing.text)
+    return torch.cat([pictures, pictures, texts, texts]), doubled
+
+
+def vlmo_base() -> VlmoConfig:
+    """The published base model: 12 layers, VL experts in the last 2."""
+    return VlmoConfig()
+
+
+def vlmo_base_plus() -> VlmoConfig:
+    """Published: 24 narrow layers, absolute positions, no LayerScale."""
+    return VlmoConfig(
+        width=544,
+        depth=24,
+        heads=16,
+        hidden=2176,
+        fused_layers=3,
+        positions="absolute",
+        layer_scale=None,
+        embed_dim=544,
+    )
+
+
+def vlmo_large() -> VlmoConfig:
+    """Published: 24 layers, VL experts in the last 3."""
+    return VlmoConfig(width=1024, depth=24, heads=16, hidden=4096, fused_layers=3, embed_dim=1024)
+
+
+def vlmo_small() -> VlmoConfig:
+    """For thousands of real photographs and CPUs: 4 layers of width 192 at 80 pixels."""
+    return VlmoConfig(
+        image=ImageInput(80, HALF, HALF),
+        vocab_size=4000,
+        max_length=64,
+        text_distances=64,
+        width=192,
+        depth=4,
+        heads=3,
+        hidden=768,
+        fused_layers=1,
+        layer_scale=None,
+        drop_path=0.0,
+        embed_dim=128,
+    )
+
+
+def vlmo_tiny() -> VlmoConfig:
+    """For tests: seconds on one core."""
+    return VlmoConfig(
+        image=ImageInput(48, HALF, HALF),
+        patch=8,
+        vocab_size=500,
+        max_length=48,
+        text_distances=48,
+        width=64,
+        depth=4,
+        heads=4,
+        hidden=256,
+        fused_layers=2,
+        layer_scale=None,
+        drop_path=0.0,
+        embed_dim=64,
+    )
+
+
+CONFIGS = {
+    "vlmo-base": vlmo_base,
+    "vlmo-base-plus": vlmo_base_plus,
+    "vlmo-large": vlmo_large,
+    "vlmo-small": vlmo_small,
+    "vlmo-tiny": vlmo_tiny,
+}
