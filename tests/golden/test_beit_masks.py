@@ -22,8 +22,8 @@ class Standard:
     def random(self) -> float:
         return self.inner.random()
 
-    def integers(self, high: int) -> int:
-        return self.inner.randint(0, high - 1)
+    def integers(self, low: int, /) -> int:
+        return self.inner.randint(0, low - 1)  # called with one bound, as numpy's generator, that bound is the upper
 
 
 def setting(config: dict[str, Any]) -> tuple[tuple[int, int], int, int]:

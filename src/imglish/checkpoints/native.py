@@ -36,13 +36,21 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """model: in eval mode, on the CPU; score_rule: how retrieval scores pairs, one of SCORE_RULES."""
+    """model: in eval mode, on the CPU; words: its tokenizer, None where the model takes pictures only; score_rule: how
+    retrieval scores pairs, one of SCORE_RULES."""
 
     model: nn.Module
-    tokenizer: Tokenizer
+    words: Tokenizer | None
     config: Any
     score_rule: str
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of a model that reads texts; :class:`CheckpointError` where it does not."""
+        if self.words is None:
+            raise CheckpointError(f"this model ({self.config.family}) takes pictures only, no texts")
+        return self.words
 
 
 def default_score_rule(model: nn.Module) -> str:
@@ -53,14 +61,15 @@ def default_score_rule(model: nn.Module) -> str:
 def export(
     path: str | Path,
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     meta: Mapping[str, Any] | None = None,
     score_rule: str | None = None,
 ) -> Path:
     """Write ``model`` with all that is needed to use it to the folder ``path``; an older export there is replaced.
 
-    meta: where the model comes from (recipe, step, validation), plain data. The replacement is atomic: ``path`` is the
-    old export or the new one. Raises :class:`CheckpointError` when the disk refuses, and keeps the old one.
+    tokenizer: None for models of pictures only. meta: where the model comes from (recipe, step, validation), plain
+    data. The replacement is atomic: ``path`` is the old export or the new one. Raises :class:`CheckpointError` when the
+    disk refuses, and keeps the old one.
     """
     path = Path(path)
     rule = score_rule or default_score_rule(model)
@@ -69,6 +78,9 @@ def export(
     if path.exists() and not (path / DESCRIPTION).is_file():
         raise CheckpointError(f"{path} exists and is no exported model: choose another folder")
     config: Any = model.config
+    if (tokenizer is not None) != registry.reads_texts(config):
+        needed = "without a tokenizer: it takes pictures only" if tokenizer is not None else "with its tokenizer"
+        raise CheckpointError(f"a model of family {config.family} is exported {needed}")
     description = {
         "format": FORMAT,
         "imglish": __version__,
@@ -84,7 +96,8 @@ def export(
             save_file(state, folder / WEIGHTS)
             text = json.dumps(description, indent=2, ensure_ascii=False)
             (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-            tokenizer.save(folder / TOKENIZER)
+            if tokenizer is not None:
+                tokenizer.save(folder / TOKENIZER)
             shutil.copymode(folder / DESCRIPTION, folder / WEIGHTS)  # safetensors makes files that only the owner reads
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the model to {path}: {error}") from error
@@ -112,6 +125,11 @@ def load(path: str | Path) -> Loaded:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from error
     load_weights(model, state, str(path / WEIGHTS))
+    tokenizer = _tokenizer(path, config) if registry.reads_texts(config) else None
+    return Loaded(model.eval(), tokenizer, config, description["score_rule"], description.get("meta", {}))
+
+
+def _tokenizer(path: Path, config: Any) -> Tokenizer:
     try:
         tokenizer = Tokenizer.load(path / TOKENIZER)
     except (OSError, TokenizerError) as error:
@@ -121,7 +139,7 @@ def load(path: str | Path) -> Loaded:
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
             f"{TOKENIZER} is not the one that the model was trained with"
         )
-    return Loaded(model.eval(), tokenizer, config, description["score_rule"], description.get("meta", {}))
+    return tokenizer
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -16,11 +16,11 @@ ATTEMPTS = 10  # blocks tried in a row before a mask is left as it is
 
 
 class Draws(Protocol):
-    """What the generator asks of its source of random numbers; ``numpy.random.Generator`` is one."""
+    """What is asked of a source of random numbers; ``numpy.random.Generator`` is one. ``integers(n)``: below n."""
 
     def random(self) -> float: ...
 
-    def integers(self, high: int) -> Any: ...
+    def integers(self, low: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)

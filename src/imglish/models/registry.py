@@ -8,16 +8,29 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from imglish.models import albef, blip, clip
+from imglish.models import albef, blip, clip, dvae, vqkd
 
-Config = albef.AlbefConfig | blip.BlipConfig | clip.ClipConfig
+Config = albef.AlbefConfig | blip.BlipConfig | clip.ClipConfig | dvae.DVaeConfig | vqkd.VqKdConfig
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "clip": (clip.ClipConfig, clip.Clip),
     "albef": (albef.AlbefConfig, albef.Albef),
     "blip": (blip.BlipConfig, blip.Blip),
+    "dvae": (dvae.DVaeConfig, dvae.DVae),
+    "vqkd": (vqkd.VqKdConfig, vqkd.VqKd),
 }
-CONFIGS: dict[str, Callable[[], Config]] = {**clip.CONFIGS, **albef.CONFIGS, **blip.CONFIGS}
+CONFIGS: dict[str, Callable[[], Config]] = {
+    **clip.CONFIGS,
+    **albef.CONFIGS,
+    **blip.CONFIGS,
+    **dvae.CONFIGS,
+    **vqkd.CONFIGS,
+}
+
+
+def reads_texts(config: Any) -> bool:
+    """Whether a model of ``config`` takes texts, and so has a tokenizer: visual tokenizers take pictures only."""
+    return hasattr(config, "vocab_size")
 
 
 def names() -> list[str]:

@@ -27,6 +27,9 @@ class LossNotFinite(ArithmeticError):  # noqa: N818 (it says what happened)
         self.names, self.step, self.epoch, self.keys = tuple(names), step, epoch, tuple(keys)
 
 
+LEAST_USAGE = 0.05  # of a codebook, below which it counts as collapsed
+
+
 @dataclass(frozen=True)
 class _Pending:
     copy: HostCopy
@@ -96,9 +99,12 @@ class LearningWatch:
         self._first: tuple[float, float] | None = None
         self._warmup = warmup_steps
 
-    def look(self, step: int, losses: Mapping[str, float], chance: Chance) -> list[Alarm]:
-        """Alarms that the means ``losses`` of the interval up to ``step`` raise for the first time."""
+    def look(
+        self, step: int, losses: Mapping[str, float], chance: Chance, metrics: Mapping[str, float] | None = None
+    ) -> list[Alarm]:
+        """Alarms that the means ``losses`` and ``metrics`` of the interval up to ``step`` raise for the first time."""
         found = [*self._stuck(step, losses, chance), *self._rising(step, losses, chance)]
+        found += self._collapsed(step, metrics or {})
         new = [alarm for alarm in found if alarm.kind not in self._raised]
         self._raised.update(alarm.kind for alarm in new)
         return new
@@ -128,6 +134,17 @@ class LearningWatch:
                 )
             )
         return found
+
+    def _collapsed(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        usage = metrics.get("code_usage")
+        if step < self._from or usage is None or usage >= LEAST_USAGE:
+            return []
+        text = (
+            f"the visual tokenizer uses {usage:.1%} of its codebook (perplexity of the chosen codes over their number): "
+            "few codes stand for everything, and masked image modelling on them would learn little. Fewer codes, more "
+            "pictures, or model.restart (VQ-KD) and a larger model.kl_weight (discrete VAE) help."
+        )
+        return [Alarm("codebook-collapse", text)]
 
     def _rising(self, step: int, losses: Mapping[str, float], chance: Chance) -> list[Alarm]:
         total = sum(losses.values())

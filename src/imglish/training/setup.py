@@ -14,28 +14,39 @@ import torch.distributed as dist
 from torch import nn
 
 from imglish.checkpoints.native import CheckpointError, Loaded, load
+from imglish.data.augment import policy
 from imglish.data.dataset import PairDataset
-from imglish.data.images import ImageTransform
 from imglish.data.masking import MaskConfig
+from imglish.data.mixgen import MixGen
 from imglish.data.records import Record, RecordError, read_records
+from imglish.data.text import clean_caption
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
 from imglish.models.vit import VisionTransformer
 from imglish.objectives.gather import rank, world_size
-from imglish.training.config import Recipe
+from imglish.training.config import DataRecipe, Recipe
 from imglish.training.settings import SettingsError, fill
 
 
 @dataclass(frozen=True)
 class Materials:
-    """train and validation records; tokenizer; config of the model, with the tokenizer's vocabulary; start: the model
-    that the run begins from, where ``model.init`` names one."""
+    """train and validation records; words: the tokenizer, None for models of pictures only; config of the model, with
+    the tokenizer's vocabulary; start: the model that the run begins from, where ``model.init`` names one; targets: the
+    model that it learns from, where ``targets`` names one."""
 
     records: Sequence[Record]
     validation: Sequence[Record]
-    tokenizer: Tokenizer
+    words: Tokenizer | None
     config: Any
     start: nn.Module | None
+    targets: nn.Module | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of a model that reads texts."""
+        if self.words is None:
+            raise SettingsError("model", f"{self.config.family} takes pictures only, this job needs texts")
+        return self.words
 
     @property
     def digest(self) -> str:
@@ -59,6 +70,12 @@ def gather_materials(
     if not train:
         raise SettingsError("data.train", "there are no training records")
     held_out = (read_pairs(recipe, "validation") if validation is None else validation)[: recipe.validation.limit]
+    if recipe.data.clean != "none":
+        held_out = [_cleaned(record, recipe.data) for record in held_out]
+    start = loaded.model if loaded is not None else None
+    targets = _exported(recipe.targets, "targets").model if recipe.targets is not None else None
+    if not registry.reads_texts(base):
+        return Materials(train, held_out, None, base, start, targets)
     if resumed is not None:
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(resumed["tokenizer"]))
     elif loaded is not None:
@@ -75,23 +92,49 @@ def gather_materials(
     if prompt := getattr(config, "prompt", ""):
         # without opening and closing token
         config = dataclasses.replace(config, prompt_tokens=len(tokenizer.encode([prompt])[0]) - 2)
-    return Materials(train, held_out, tokenizer, config, loaded.model if loaded is not None else None)
+    return Materials(train, held_out, tokenizer, config, start, targets)
+
+
+def _cleaned(record: Record, data: DataRecipe) -> Record:
+    captions = tuple(clean_caption(text, data.max_words, data.clean) for text in record.captions)
+    return dataclasses.replace(record, captions=captions)
 
 
 def base_config(recipe: Recipe) -> tuple[Any, Loaded | None]:
     """The model's configuration with the recipe's changes, and the checkpoint of ``model.init`` if there is one."""
     changes = {key: value for key, value in recipe.model.items() if key not in ("name", "init")}
     if "init" in recipe.model:
-        try:
-            loaded = load(str(recipe.model["init"]))
-        except CheckpointError as error:
-            raise SettingsError("model.init", str(error)) from error
+        loaded = _exported(str(recipe.model["init"]), "model.init")
         return fill(loaded.config, changes, "model"), loaded
     try:
         base = registry.named(str(recipe.model["name"]))
     except KeyError as error:
         raise SettingsError("model.name", str(error.args[0])) from error
     return fill(base, changes, "model"), None
+
+
+def _exported(path: str, key: str) -> Loaded:
+    try:
+        return load(path)
+    except CheckpointError as error:
+        raise SettingsError(key, str(error)) from error
+
+
+def make_teacher(model: nn.Module, materials: Materials) -> Any:
+    """What the model learns from besides the data, on its device: its momentum copy, or the model that the recipe's
+    ``targets`` names; None for models that learn from the data alone."""
+    make, source = getattr(model, "make_teacher", None), materials.targets
+    wanted = getattr(model, "learns_from", None)
+    if wanted is None:
+        if source is not None:
+            raise SettingsError("targets", f"a model of family {materials.config.family} learns from no other model")
+        return make() if make is not None else None
+    if source is None or make is None:
+        raise SettingsError("targets", f"this model learns from {wanted}: give the folder of one that is trained")
+    try:
+        return make(source.to(next(model.parameters()).device))
+    except ValueError as error:
+        raise SettingsError("targets", str(error)) from error
 
 
 def read_pairs(recipe: Recipe, group: str) -> list[Record]:
@@ -132,7 +175,7 @@ def _tokenizer(recipe: Recipe, max_length: int, records: Sequence[Record]) -> To
             raise SettingsError("tokenizer.load", str(error)) from error
     text = [""]
     if rank() == 0:
-        captions = (caption for record in records for caption in record.captions)
+        captions = (caption for record in records for caption in _cleaned(record, recipe.data).captions)
         trained = Tokenizer.train_wordpiece(
             captions, wanted.vocab_size, max_length=max_length, append_sep=wanted.append_sep
         )
@@ -158,9 +201,9 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
     """The training records with the transforms, masks and wrong captions that model and recipe ask for."""
     data = recipe.data
     crop = None if data.crop is None else (data.crop, 1.0)
-    image = materials.config.image
-    transform = ImageTransform(image.size, image.resize, crop_scale=crop, flip=data.flip)
-    masks = getattr(materials.config, "mlm", False)  # models without an MLM objective have no such setting
+    transform = materials.config.image.transform(crop, data.flip)
+    # models without an MLM or MIM objective have no such settings
+    masks, mim = getattr(materials.config, "mlm", False), getattr(materials.config, "mim", False)
     if data.captions not in ("one", "all", 1) and not getattr(materials.config, "several_captions", False):
         raise SettingsError(
             "data.captions",
@@ -171,15 +214,31 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
         return PairDataset(
             materials.records,
             transform,
-            materials.tokenizer,
+            materials.words,
             captions=data.captions,
             mlm=MaskConfig(data.masking, data.whole_word) if masks else None,
+            mim=data.patches if mim else None,
+            patch=materials.config.patch if mim else materials.config.image.size,
+            clean=data.clean,
+            max_words=data.max_words,
             prompt=getattr(materials.config, "prompt", ""),
             swapped=data.swapped,
             cache=data.cache,
+            detail=data.decode,
+            augment=policy(data.augment, data.magnitude) if data.augment is not None else None,
         )
     except ValueError as error:
         raise SettingsError("data", str(error)) from error
+
+
+def mixtures(recipe: Recipe, materials: Materials) -> MixGen | None:
+    """MixGen, where the recipe asks for it."""
+    every = recipe.data.mixgen
+    if every is None:
+        return None
+    if recipe.data.captions not in ("one", "all", 1):
+        raise SettingsError("data.mixgen", "mixtures of pictures with several captions each are not defined")
+    return MixGen.of(every, materials.tokenizer, getattr(materials.config, "prompt", ""))
 
 
 def compile_towers(model: nn.Module) -> int:

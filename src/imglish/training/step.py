@@ -8,6 +8,7 @@ to the features follow, and each part is then computed again and back-propagated
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Sequence
@@ -205,7 +206,7 @@ class Stepper:
 
     def _freeze_idle(self, batch: Batch) -> list[str]:
         """Switch off the gradient of parameters that no loss reaches; weights, buffers and queue stay as they are."""
-        teacher = getattr(self.model, "make_teacher", lambda: None)()  # the run's own must not remember this batch
+        teacher = copy.deepcopy(self.teacher)  # the run's own must not remember this batch
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         self._seed(0, 0)
         with self._autocast():

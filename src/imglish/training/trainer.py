@@ -37,7 +37,15 @@ from imglish.training.optim import (
 )
 from imglish.training.ranks import Agreement, pick_device, process_group
 from imglish.training.settings import SettingsError
-from imglish.training.setup import Materials, compile_towers, gather_materials, new_model, pair_dataset
+from imglish.training.setup import (
+    Materials,
+    compile_towers,
+    gather_materials,
+    make_teacher,
+    mixtures,
+    new_model,
+    pair_dataset,
+)
 from imglish.training.signals import Interrupted, StopSignal
 from imglish.training.step import Stepper, StepSettings
 from imglish.training.validation import validate
@@ -129,8 +137,7 @@ class Run:
 
         # ---- model, teacher, average, optimiser ----
         self.model: nn.Module = new_model(self.materials, recipe.seed).to(device).train()
-        make_teacher: Callable[[], Any] = getattr(self.model, "make_teacher", lambda: None)
-        self.teacher = make_teacher()
+        self.teacher = make_teacher(self.model, self.materials)
         self.clamp: Callable[[], None] = getattr(self.model, "clamp_", lambda: None)  # temperatures, after each step
         self.average = None if recipe.average is None else WeightAverage(self.model, recipe.average)
         if recipe.compute.compile and not sum(map(compile_towers, self._networks())):
@@ -187,7 +194,7 @@ class Run:
         if rank() == 0:
             from imglish.training.summary import write_report  # matplotlib takes half a second, so only at the end
 
-            export(exported, self._evaluated(), self.materials.tokenizer, self._provenance())
+            export(exported, self._evaluated(), self.materials.words, self._provenance())
             if not any(event["event"] == "end" for event in self.journal.events):
                 self.journal.write("end", self.step, seconds=self._elapsed(), best=self.best)
             write_report(self.folder, self.recipe, self.model, self.plan, self.journal.events)
@@ -269,7 +276,8 @@ class Run:
             entry["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.journal.write("step", self.step, **entry)
         self.journal.show(means)
-        for alarm in self.learning.look(self.step, means, interval.chance(self.recipe.batch.size, self.teacher)):
+        chance = interval.chance(self.recipe.batch.size, self.teacher)
+        for alarm in self.learning.look(self.step, means, chance, metrics):
             self.journal.write("alarm", self.step, kind=alarm.kind, text=alarm.text)
             self.journal.say(f"ALARM at step {self.step}: {alarm.text}")
 
@@ -295,7 +303,7 @@ class Run:
         if better:
             self.best = {"step": self.step, "r_mean": mean, **recalls}
             if rank() == 0:
-                export(self.folder / "best", self._evaluated(), self.materials.tokenizer, self._provenance())
+                export(self.folder / "best", self._evaluated(), self.materials.words, self._provenance())
         self.interval.began += time.perf_counter() - began  # rates speak of training alone
 
     def _save_if_due(self) -> None:
@@ -322,7 +330,7 @@ class Run:
             "seconds": self._elapsed(),
             "recipe": self.recipe.to_dict(),
             "data": self.digest,
-            "tokenizer": self.materials.tokenizer.inner.to_str(),
+            "tokenizer": None if self.materials.words is None else self.materials.words.inner.to_str(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -355,12 +363,13 @@ class Run:
             rank=rank(),
             world_size=world_size(),
             workers=workers,
+            mixgen=mixtures(self.recipe, self.materials),
         )
 
     def _networks(self) -> list[nn.Module]:
         """The model and its copies."""
-        copies = (self.teacher, self.average)
-        return [self.model, *(copy.model for copy in copies if copy is not None)]
+        copies = (getattr(companion, "model", None) for companion in (self.teacher, self.average))
+        return [self.model, *(copy for copy in copies if copy is not None)]
 
     def _evaluated(self) -> nn.Module:
         return self.model if self.average is None else self.average.model
