@@ -34,7 +34,7 @@ from imglish.objectives.momentum import MomentumTeacher, TeacherConfig
 
 Share = Literal["all_but_self_attention", "all_but_cross_attention", "all", "none"]
 
-_OWN: dict[Share, tuple[str, ...]] = {  # modules of a layer that the decoder has for itself
+OWN_PARTS: dict[Share, tuple[str, ...]] = {  # modules of a layer that the decoder has for itself
     "all_but_self_attention": ("attn", "norm1"),
     "all_but_cross_attention": ("cross", "norm_cross"),
     "all": (),
@@ -119,7 +119,7 @@ class Blip(AlignedFusion):
         return BertEmbedding(c.vocab_size, c.max_length, c.width, c.norm_eps, c.dropout, types=0)
 
     def _own_parts(self, block: Block) -> nn.ModuleDict:
-        return nn.ModuleDict({name: getattr(block, name) for name in _OWN[self.config.share]})
+        return nn.ModuleDict({name: getattr(block, name) for name in OWN_PARTS[self.config.share]})
 
     def make_teacher(self) -> MomentumTeacher[Self] | None:
         """The momentum copy of the two towers, with the queue; none where there is no contrast to teach."""
@@ -179,7 +179,7 @@ class Blip(AlignedFusion):
 
     def _decoder_memory(self, tokens: Tensor, encoder: ImageMemory | None = None) -> ImageMemory:
         """Keys and values for the decoder: the encoder's, where they share cross-attention."""
-        if encoder is not None and "cross" not in _OWN[self.config.share]:
+        if encoder is not None and "cross" not in OWN_PARTS[self.config.share]:
             return encoder
         return project(self.decoding(), tokens)
 
