@@ -16,7 +16,7 @@ from imglish.data.scene_world import (
     swapped_description,
     true_of,
 )
-from imglish.data.scenes import SceneBenchmark, SceneConfig, SceneSource, Split
+from imglish.data.scenes import SceneBenchmark, SceneConfig, SceneSource, Split, _parallel_descriptions
 
 CONFIG = SceneConfig(scenes=400, pairs=30)
 SCENE = Scene((Person("woman", "black", "white", hat="red"), Person("man", "blue", "green", bag="red")), look=5)
@@ -134,12 +134,13 @@ def test_quadruples_agree_with_what_the_pictures_show(split: Split) -> None:
     assert len(made.quadruples) == 60
     assert len(made.records) == len(made.scenes) == 60
     assert len({frozenset(scene.people) for scene in made.scenes}) == 60
+    shorter = 0
     for number, quadruple in enumerate(made.quadruples):
         first = 2 * (number // 2)
         one, two = made.scenes[first : first + 2]
         assert quadruple.pictures == tuple(made.records[first : first + 2])
-        language = ("en", "zh").index(quadruple.language)
-        assert quadruple.captions == tuple(r.captions[language] for r in quadruple.pictures)
+        full = [r.captions[("en", "zh").index(quadruple.language)] for r in quadruple.pictures]
+        shorter += sum(map(len, quadruple.captions)) < sum(map(len, full))
         for part in (0, 1):  # the same garments, the same colours
             shown = [sorted(item[part] for p in scene.people for item in p.worn()) for scene in (one, two)]
             assert shown[0] == shown[1]
@@ -151,6 +152,21 @@ def test_quadruples_agree_with_what_the_pictures_show(split: Split) -> None:
         else:
             assert sorted(quadruple.captions[0]) == sorted(quadruple.captions[1])
         assert quadruple.captions[0] != quadruple.captions[1]
+    assert shorter > 40  # they leave things out as the training's captions do
+
+
+@pytest.mark.parametrize("omission", [0.0, 0.65, 1.0])
+@pytest.mark.parametrize("split", SPLITS)
+def test_parallel_descriptions_are_true_of_their_own_scene_alone(split: Split, omission: float) -> None:
+    made = benchmark(split)
+    rng = np.random.default_rng(0)
+    for one, two in zip(made.scenes[::2], made.scenes[1::2], strict=True):
+        first, second = _parallel_descriptions((one, two), rng, omission)
+        truth = [[true_of(d, scene) for scene in (one, two)] for d in (first, second)]
+        assert truth == [[True, False], [False, True]]
+        assert [[g for g, _ in mention.worn] for mention in first] == [[g for g, _ in m.worn] for m in second]
+        if omission == 0:
+            assert sum(len(mention.worn) for mention in first) == sum(len(p.worn()) for p in one.people)
 
 
 def test_splits_show_their_colour_pairs() -> None:

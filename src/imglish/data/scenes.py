@@ -24,6 +24,7 @@ from imglish.data.scene_world import (
     Colour,
     Description,
     Garment,
+    Kind,
     Mention,
     Pair,
     Person,
@@ -78,7 +79,8 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class SceneQuadruple:
-    """Two pictures and two captions: ``captions[i]`` is true of ``pictures[i]`` and false of the other.
+    """Two pictures and two captions: ``captions[i]`` is true of ``pictures[i]`` and false of the other. The captions
+    leave out as much as those of the training, but never what was exchanged.
 
     kind: two garments of one person exchange colours (``within``), or one garment of both people (``between``).
     """
@@ -103,8 +105,8 @@ class SceneQuery:
 
 @dataclass(frozen=True)
 class SceneBenchmark:
-    """An evaluation split: scene 2i and its distractor 2i + 1, in ``scenes`` and ``records`` alike. Captions leave
-    nothing out, one in each language, so each is true of its own picture alone."""
+    """An evaluation split: scene 2i and its distractor 2i + 1, in ``scenes`` and ``records`` alike. Captions of records
+    leave nothing out, one in each language, so each is true of its own picture alone."""
 
     records: list[Record]
     scenes: list[Scene]
@@ -207,22 +209,26 @@ class SceneSource:
         self, split: Split, first: int, scenes: tuple[Scene, Scene], kind: Swap, rng: np.random.Generator
     ) -> list[SceneQuadruple]:
         """One quadruple a language; the pair of records is the same in all."""
-        contents = _parallel_descriptions(scenes, rng)
-        wording = Wording.random(rng)
-        texts = {
-            language: (say(contents[0], language, wording), say(contents[1], language, wording))
-            for language in self.config.languages
-        }
+        full = self._said(_parallel_descriptions(scenes, rng), rng)
+        short = self._said(_parallel_descriptions(scenes, rng, self.config.omission), rng)
         pictures = tuple(
             Record(
                 f"{split}-{first + i:04d}",
                 SceneImage(scene, self.config.size),
-                tuple(texts[language][i] for language in self.config.languages),
+                tuple(full[language][i] for language in self.config.languages),
                 image_id=first + i,
             )
             for i, scene in enumerate(scenes)
         )
-        return [SceneQuadruple((pictures[0], pictures[1]), texts[lang], kind, lang) for lang in self.config.languages]
+        return [SceneQuadruple((pictures[0], pictures[1]), short[lang], kind, lang) for lang in self.config.languages]
+
+    def _said(
+        self, contents: tuple[Description, Description], rng: np.random.Generator
+    ) -> dict[Language, tuple[str, str]]:
+        wording = Wording.random(rng)
+        return {
+            lang: (say(contents[0], lang, wording), say(contents[1], lang, wording)) for lang in self.config.languages
+        }
 
     def _queries(self, split: Split, scenes: Sequence[Scene]) -> list[SceneQuery]:
         """Top and trousers for every colour pair of the split, and with each small object where a picture fits."""
@@ -245,16 +251,27 @@ class SceneSource:
         return queries
 
 
-def _parallel_descriptions(scenes: tuple[Scene, Scene], rng: np.random.Generator) -> tuple[Description, Description]:
-    """Full descriptions of two scenes with the same garments, naming people and garments in the same order."""
-    people = shuffled((0, 1), rng)
-    orders = [shuffled([garment for garment, _ in scenes[0].people[number].worn()], rng) for number in people]
-    one, two = (
-        tuple(_mention(scene.people[number], order) for number, order in zip(people, orders)) for scene in scenes
-    )
-    return one, two
+def _parallel_descriptions(
+    scenes: tuple[Scene, Scene], rng: np.random.Generator, omission: float = 0.0
+) -> tuple[Description, Description]:
+    """Descriptions of a scene and its distractor, naming people and garments in the same order; each is false of the
+    other scene. What was exchanged is always named; the rest, and who is a man or a woman, is left out with chance
+    ``omission``, less where the two could then not be told apart."""
+    while True:
+        mentions: list[tuple[Mention, Mention]] = []
+        for number in shuffled((0, 1), rng):
+            one, two = (scene.people[number] for scene in scenes)
+            kind = one.kind if rng.random() >= omission else None
+            garments = shuffled([garment for garment, _ in one.worn()], rng)
+            order = [g for g in garments if rng.random() >= omission or one.colour(g) != two.colour(g)]
+            if order:
+                mentions.append((_mention(one, kind, order), _mention(two, kind, order)))
+        first, second = tuple(pair[0] for pair in mentions), tuple(pair[1] for pair in mentions)
+        if not true_of(first, scenes[1]) and not true_of(second, scenes[0]):
+            return first, second
+        omission *= 0.9
 
 
-def _mention(person: Person, order: Sequence[Garment]) -> Mention:
+def _mention(person: Person, kind: Kind | None, order: Sequence[Garment]) -> Mention:
     colours = dict(person.worn())
-    return Mention(person.kind, tuple((garment, colours[garment]) for garment in order))
+    return Mention(kind, tuple((garment, colours[garment]) for garment in order))
