@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from imglish.checkpoints import atomic
+from imglish import atomic
 from imglish.checkpoints.native import CheckpointError, export, load
 from imglish.data.batch import TextBatch
 from imglish.data.tokenizers import Tokenizer

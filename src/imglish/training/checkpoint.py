@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from imglish.checkpoints import atomic
+from imglish import atomic
 from imglish.checkpoints.native import CheckpointError
 from imglish.training.config import CheckpointRecipe
 

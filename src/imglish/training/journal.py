@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from imglish.checkpoints import atomic
+from imglish import atomic
 from imglish.training.settings import SettingsError
 
 LOG = "log.jsonl"

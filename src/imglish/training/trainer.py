@@ -14,7 +14,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
-from imglish.checkpoints import atomic
+from imglish import atomic
 from imglish.checkpoints.native import export, load_weights
 from imglish.data.batch import Batch
 from imglish.data.dataset import PairDataset
@@ -34,6 +34,7 @@ from imglish.training.optim import (
     load_optimiser_state,
     optimiser_state,
     set_learning_rate,
+    train_only,
 )
 from imglish.training.ranks import Agreement, pick_device, process_group
 from imglish.training.settings import SettingsError
@@ -137,6 +138,8 @@ class Run:
 
         # ---- model, teacher, average, optimiser ----
         self.model: nn.Module = new_model(self.materials, recipe.seed).to(device).train()
+        if recipe.optimiser.only is not None:
+            train_only(self.model, recipe.optimiser.only)
         self.teacher = make_teacher(self.model, self.materials)
         self.clamp: Callable[[], None] = getattr(self.model, "clamp_", lambda: None)  # temperatures, after each step
         self.average = None if recipe.average is None else WeightAverage(self.model, recipe.average)
