@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from imglish.data.scene_world import GARMENTS, Colour, Garment, Person, Scene
+from imglish.data.scene_world import GARMENTS, Colour, Garment, Person, Scene, Thing
 
 Rgb = tuple[int, int, int]
 
@@ -50,14 +50,41 @@ def draw(scene: Scene, size: int = 48) -> Image.Image:
     canvas.rectangle((0, horizon, side, side), fill=_shade(_FLOOR[int(rng.random() * len(_FLOOR))], rng, 14))
     mirrored = rng.random() < 0.5
     side_of_bag = 0
+    count = len(scene.people)
+    first, apart = (0.27, 0.46) if count == 2 else (0.5 / count, 1 / count)
+    smaller = min(1.0, 2.2 / count)
     for number, person in enumerate(reversed(scene.people) if mirrored else scene.people):
-        stature = side * (0.80 + 0.11 * rng.random())
-        centre = side * (0.27 + 0.46 * number + 0.04 * (rng.random() - 0.5))
+        stature = side * (0.80 + 0.11 * rng.random()) * smaller
+        centre = side * (first + apart * number + 0.04 * (rng.random() - 0.5))
         foot = side * (0.975 - 0.03 * rng.random())
         # Two bags never meet in the middle, where one would hide the other.
         side_of_bag = 1 if side_of_bag == 1 else 1 - 2 * int(rng.random() * 2)
         _Figure(canvas, centre, foot, stature, side_of_bag, rng).draw(person)
+    gaps = [first + apart * (number - 0.5) for number in range(count + 1)]
+    for thing, gap in zip(scene.things, rng.permutation(gaps)):
+        _draw_thing(canvas, thing, side, min(max(gap, 0.09), 0.91), smaller, rng)
     return image.reduce(_OVERSAMPLING)
+
+
+def _draw_thing(
+    canvas: ImageDraw.ImageDraw, thing: Thing, side: int, x: float, smaller: float, rng: np.random.Generator
+) -> None:
+    """A ball or a box on the floor, or a balloon in the air, ``x`` of the width from the left."""
+    fill = _shifted(_PAINT[thing.paint], rng.integers(-12, 13, 3).tolist())
+    edge = _darker(fill, 0.6)
+    half = side * (0.065 + 0.012 * rng.random()) * max(smaller, 0.75)
+    middle = side * (x + 0.02 * (rng.random() - 0.5))
+    if thing.what == "balloon":
+        top = side * (0.04 + 0.05 * rng.random())
+        canvas.line((middle, top + 2.3 * half, middle, top + 5 * half), fill=edge, width=max(side // 90, 1))
+        canvas.ellipse((middle - half, top, middle + half, top + 2.4 * half), fill=fill, outline=edge)
+        return
+    floor = side * (0.975 - 0.03 * rng.random())
+    place = (middle - half, floor - 2 * half, middle + half, floor)
+    if thing.what == "ball":
+        canvas.ellipse(place, fill=fill, outline=edge)
+    else:
+        canvas.rectangle(place, fill=fill, outline=edge)
 
 
 class _Figure:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from imglish.data.scene_world import Colour, Description, Garment, Kind, Mention
+from imglish.data.scene_world import THINGS, Colour, Description, Item, Kind, Mention
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
@@ -23,8 +23,17 @@ _ZH_COLOUR: dict[Colour, str] = {
     "black": "黑色",
     "white": "白色",
 }
-_ZH_GARMENT: dict[Garment, str] = {"hat": "帽子", "top": "上衣", "trousers": "裤子", "shoes": "鞋子", "bag": "包"}
-_ZH_VERB: dict[Garment, str] = {"hat": "戴", "top": "穿", "trousers": "穿", "shoes": "穿", "bag": "背"}
+_ZH_ITEM: dict[Item, str] = {
+    "hat": "帽子",
+    "top": "上衣",
+    "trousers": "裤子",
+    "shoes": "鞋子",
+    "bag": "包",
+    "ball": "球",
+    "box": "箱子",
+    "balloon": "气球",
+}
+_ZH_VERB: dict[Item, str] = {"hat": "戴", "top": "穿", "trousers": "穿", "shoes": "穿", "bag": "背"}
 _ZH_KIND: dict[Kind | None, str] = {"man": "男人", "woman": "女人", None: "人"}
 _EN_KIND: dict[Kind | None, str] = {"man": "a man", "woman": "a woman", None: "someone"}
 _EN_BETWEEN = ("; ", " and ", " next to ", " beside ", ", near ")
@@ -52,16 +61,18 @@ def say(description: Description, language: Language, wording: Wording) -> str:
     return joint.join(phrase(mention, wording) for mention in description)
 
 
-def say_query(worn: Sequence[tuple[Garment, Colour]], language: Language) -> str:
+def say_query(worn: Sequence[tuple[Item, Colour]], language: Language) -> str:
     """Garments alone, as one types a search: ``black top, white trousers``."""
     if language == "en":
         return ", ".join(f"{colour} {garment}" for garment, colour in worn)
-    return "，".join(_ZH_COLOUR[colour] + _ZH_GARMENT[garment] for garment, colour in worn)
+    return "，".join(_ZH_COLOUR[colour] + _ZH_ITEM[item] for item, colour in worn)
 
 
 def _english(mention: Mention, wording: Wording) -> str:
     if wording.bare and mention.kind is None:
         return say_query(mention.worn, "en")
+    if mention.worn[0][0] in THINGS:
+        return _with_article(*mention.worn[0])
     clothes = [_with_article(garment, colour) for garment, colour in mention.worn if garment != "bag"]
     parts = [_EN_KIND[mention.kind]]
     if clothes:
@@ -73,7 +84,7 @@ def _english(mention: Mention, wording: Wording) -> str:
     return " ".join(parts)
 
 
-def _with_article(garment: Garment, colour: Colour) -> str:
+def _with_article(garment: Item, colour: Colour) -> str:
     if garment in ("trousers", "shoes"):
         return f"{colour} {garment}"
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {garment}"
@@ -82,11 +93,13 @@ def _with_article(garment: Garment, colour: Colour) -> str:
 def _chinese(mention: Mention, wording: Wording) -> str:
     if wording.bare and mention.kind is None:
         return say_query(mention.worn, "zh")
+    if mention.worn[0][0] in THINGS:
+        return f"一个{_ZH_COLOUR[mention.worn[0][1]]}的{_ZH_ITEM[mention.worn[0][0]]}"
     parts: list[str] = []
     verb = ""
     for garment, colour in mention.worn:
         new = "" if _ZH_VERB[garment] == verb else _ZH_VERB[garment]
         verb = _ZH_VERB[garment]
-        parts.append(new + _ZH_COLOUR[colour] + _ZH_GARMENT[garment])
+        parts.append(new + _ZH_COLOUR[colour] + _ZH_ITEM[garment])
     clothes = "、".join(parts)
     return f"{clothes}的{_ZH_KIND[mention.kind]}" if wording.style < 0.5 else f"一个{_ZH_KIND[mention.kind]}{clothes}"

@@ -1,26 +1,29 @@
-"""The little world of the quickstart: two people, their garments and colours, and what is said of them.
+"""The little world of the drawn scenes: people, their garments, a few things, colours, and what is said of them.
 
 Nothing here knows a language: a :class:`Scene` is what a picture shows, a :class:`Mention` what a caption says of one
-person, and :func:`true_of` tells whether the one fits the other.
+person or thing, and :func:`true_of` tells whether the one fits the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, permutations
+from itertools import chain, combinations
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 Colour = Literal["red", "orange", "yellow", "green", "blue", "purple", "black", "white"]
 Garment = Literal["hat", "top", "trousers", "shoes", "bag"]
+What = Literal["ball", "box", "balloon"]
+Item = Garment | What
 Kind = Literal["man", "woman"]
 Pair = tuple[Colour, Colour]
 
 COLOURS: tuple[Colour, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
 GARMENTS: tuple[Garment, ...] = ("top", "trousers", "hat", "shoes", "bag")
 SMALL: tuple[Garment, ...] = ("hat", "shoes", "bag")
+THINGS: tuple[What, ...] = ("ball", "box", "balloon")
 T = TypeVar("T")
 
 
@@ -35,15 +38,15 @@ class Person:
     shoes: Colour | None = None
     bag: Colour | None = None
 
-    def colour(self, garment: Garment) -> Colour | None:
-        colour: Colour | None = getattr(self, garment)
+    def colour(self, item: Item) -> Colour | None:
+        colour: Colour | None = getattr(self, item, None)
         return colour
 
     def recoloured(self, garment: Garment, colour: Colour | None) -> Person:
         change: dict[str, Any] = {garment: colour}
         return replace(self, **change)
 
-    def worn(self) -> list[tuple[Garment, Colour]]:
+    def worn(self) -> list[tuple[Item, Colour]]:
         return [(garment, colour) for garment in GARMENTS if (colour := self.colour(garment)) is not None]
 
     def pairs_up(self, pairs: Sequence[Pair]) -> bool:
@@ -52,29 +55,51 @@ class Person:
 
 
 @dataclass(frozen=True)
+class Thing:
+    """Something beside the people that has a colour; it is "worn" by itself."""
+
+    what: What
+    paint: Colour
+    kind: None = None
+
+    def colour(self, item: Item) -> Colour | None:
+        return self.paint if item == self.what else None
+
+    def worn(self) -> list[tuple[Item, Colour]]:
+        return [(self.what, self.paint)]
+
+
+@dataclass(frozen=True)
 class Scene:
     """What a picture shows. look: the seed of all that captions never speak of (place, stature, skin, background)."""
 
-    people: tuple[Person, Person]
+    people: tuple[Person, ...]
     look: int
+    things: tuple[Thing, ...] = ()
+
+    @property
+    def everyone(self) -> tuple[Person | Thing, ...]:
+        """Whom or what a mention can be about."""
+        return (*self.people, *self.things)
 
     def recoloured(self, changes: Sequence[tuple[int, Garment, Colour | None]]) -> Scene:
         """The same picture with other colours: (person, garment, colour)."""
         people = list(self.people)
         for number, garment, colour in changes:
             people[number] = people[number].recoloured(garment, colour)
-        return replace(self, people=(people[0], people[1]))
+        return replace(self, people=tuple(people))
 
 
 @dataclass(frozen=True)
 class Mention:
-    """What a caption says of one person: perhaps the kind, and some garments with their colours, in this order."""
+    """What a caption says of one person: perhaps the kind, and some garments with their colours, in this order. Of a
+    thing: itself and its colour."""
 
     kind: Kind | None
-    worn: tuple[tuple[Garment, Colour], ...]
+    worn: tuple[tuple[Item, Colour], ...]
 
-    def true_of(self, person: Person) -> bool:
-        return self.kind in (None, person.kind) and all(person.colour(g) == c for g, c in self.worn)
+    def true_of(self, one: Person | Thing) -> bool:
+        return self.kind in (None, one.kind) and all(one.colour(item) == c for item, c in self.worn)
 
     def pairs_up(self, pairs: Sequence[Pair]) -> bool:
         said = dict(self.worn)
@@ -82,24 +107,28 @@ class Mention:
 
 
 Description = tuple[Mention, ...]
-"""One or two mentions, of different people."""
+"""Mentions of different people and things, at least one."""
 
 
 def true_of(description: Description, scene: Scene) -> bool:
-    """Whether the people of the scene can be assigned to the mentions, each to another one."""
-    return any(
-        all(mention.true_of(person) for mention, person in zip(description, people))
-        for people in permutations(scene.people, len(description))
-    )
+    """Whether people and things of the scene can be assigned to the mentions, each to another one."""
+    return _assignable(description, scene.everyone)
+
+
+def _assignable(description: Description, free: tuple[Person | Thing, ...]) -> bool:
+    if not description:
+        return True
+    first, *rest = description
+    return any(first.true_of(one) and _assignable(tuple(rest), free[:i] + free[i + 1 :]) for i, one in enumerate(free))
 
 
 def describe(scene: Scene, rng: np.random.Generator, omission: float) -> Description:
-    """A true description in random order. Each person's kind and each garment is left out with chance ``omission``;
-    a person of whom nothing would be said is left out, but one garment is always named."""
+    """A true description in random order. Each person's kind and each garment or thing is left out with chance
+    ``omission``; a person of whom nothing would be said is left out, but one garment is always named."""
     mentions = []
-    for person in shuffled(scene.people, rng):
-        kind = person.kind if rng.random() >= omission else None
-        worn = tuple(item for item in shuffled(person.worn(), rng) if rng.random() >= omission)
+    for one in shuffled(scene.everyone, rng):
+        kind = one.kind if rng.random() >= omission else None
+        worn = tuple(item for item in shuffled(one.worn(), rng) if rng.random() >= omission)
         if worn:
             mentions.append(Mention(kind, worn))
     if not mentions:
@@ -143,7 +172,7 @@ def _altered(description: Description, colours: Sequence[Colour], rng: np.random
 
 
 def _shown(scene: Scene) -> list[Colour]:
-    return sorted({colour for person in scene.people for _, colour in person.worn()})
+    return sorted({colour for one in scene.everyone for _, colour in one.worn()})
 
 
 def _with_colour(description: Description, place: tuple[int, int], colour: Colour) -> Description:
@@ -167,6 +196,16 @@ def random_person(
         person = Person(kind, pick(colours, rng), pick(colours, rng), **small)
         if not person.pairs_up(never):
             return person
+
+
+def random_things(rng: np.random.Generator, count: int, colours: Sequence[Colour] = COLOURS) -> tuple[Thing, ...]:
+    """Different things: no two of the same kind in the same colour."""
+    things: list[Thing] = []
+    while len(things) < count:
+        thing = Thing(pick(THINGS, rng), pick(colours, rng))
+        if thing not in things:
+            things.append(thing)
+    return tuple(things)
 
 
 def pick(options: Sequence[T], rng: np.random.Generator) -> T:
