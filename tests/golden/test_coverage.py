@@ -10,19 +10,20 @@ from tests.golden.support import cases
 
 CHECKED = {
     "test_albef.py": ("albef-pretrain", "albef-retrieval", "albef-posembed", "blip-posembed"),
+    "test_blip.py": ("blip-pretrain", "blip-retrieval", "blip-itm", "blip-caption"),
     "test_textclean.py": ("albef-textclean", "blip-textclean"),
     "test_clip.py": ("clip-vit", "clip-resnet"),
     "test_clip_tokenizer.py": ("clip-tokenizer",),
     "test_openclip.py": ("openclip-",),
     "test_beit_masks.py": ("beit-mask",),
+    "test_beit.py": ("beit-mim",),
 }
 WAITING = {
     "albef-": "ALBEF's heads for VQA, NLVR2 and visual entailment",
-    "blip-": "BLIP",
+    "blip-": "BLIP's heads for VQA and NLVR2",
     "vilt-": "ViLT",
     "coca-": "CoCa",
     "vlmo-": "VLMo",
-    "beit-": "BEiT",
     "beit3-": "BEiT-3",
 }
 

@@ -8,14 +8,15 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from imglish.models import albef, blip, clip, dvae, vqkd
+from imglish.models import albef, beit, blip, clip, dvae, vqkd
 
-Config = albef.AlbefConfig | blip.BlipConfig | clip.ClipConfig | dvae.DVaeConfig | vqkd.VqKdConfig
+Config = albef.AlbefConfig | blip.BlipConfig | clip.ClipConfig | dvae.DVaeConfig | vqkd.VqKdConfig | beit.BeitConfig
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "clip": (clip.ClipConfig, clip.Clip),
     "albef": (albef.AlbefConfig, albef.Albef),
     "blip": (blip.BlipConfig, blip.Blip),
+    "beit": (beit.BeitConfig, beit.Beit),
     "dvae": (dvae.DVaeConfig, dvae.DVae),
     "vqkd": (vqkd.VqKdConfig, vqkd.VqKd),
 }
@@ -23,6 +24,7 @@ CONFIGS: dict[str, Callable[[], Config]] = {
     **clip.CONFIGS,
     **albef.CONFIGS,
     **blip.CONFIGS,
+    **beit.CONFIGS,
     **dvae.CONFIGS,
     **vqkd.CONFIGS,
 }
