@@ -16,11 +16,13 @@ log = logging.getLogger(__name__)
 COLUMNS = ("reason", "key", "message")
 FILE = "errors.csv"
 SEEN_AT_LEAST = 1000  # items over which the share is taken, early in a job
-LOGGED = 20  # of each reason that are named in the log where a file names them all
+KEPT = 100_000  # problems that are kept in memory
+LOGGED = 20  # of each reason that are named in the log; the file names all
 
 
 class DataError(ValueError):
-    """More of the data is unusable than was allowed; the message says how much, why, and gives an example."""
+    """Data that cannot be used: not there, not of a known kind, or with more errors than are allowed. The message says
+    what and why."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,18 @@ class Errors:
     """Takes problems; each is written once to the log and to ``file`` (CSV, appended, complete at every moment).
 
     share: part of the items that may be unusable, 0..1; what: what the items are, for messages. A ``file`` that is
-    there from an earlier run is continued: what it names is not written again.
+    there from an earlier run is continued: what it names is not written again. quiet: without the log. ``named`` holds
+    the first :data:`KEPT` problems.
     """
 
-    def __init__(self, share: float = 0.01, file: Path | None = None, what: str = "pictures") -> None:
+    def __init__(
+        self, share: float = 0.01, file: Path | None = None, what: str = "pictures", quiet: bool = False
+    ) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"a share of errors of {share}: expected 0..1")
-        self.share, self.file, self.what = share, file, what
+        self.share, self.file, self.what, self.quiet = share, file, what, quiet
         self.counts: Counter[str] = Counter()
-        self.first: dict[str, Problem] = {}
+        self.named: list[Problem] = []
         self._known: set[tuple[str, str]] = set()
         self._written = {(p.reason, p.key) for p in read_errors(file)} if file is not None else set()
 
@@ -60,8 +65,10 @@ class Errors:
             return
         self._known.add(name)
         self.counts[problem.reason] += 1
-        self.first.setdefault(problem.reason, problem)
-        self._log(problem)
+        if len(self.named) < KEPT:
+            self.named.append(problem)
+        if not self.quiet:
+            self._log(problem)
         if self.file is not None and name not in self._written:
             self._written.add(name)
             _append(self.file, problem)
@@ -75,7 +82,7 @@ class Errors:
         stops early), of at least :data:`SEEN_AT_LEAST` and at most all ``items``."""
         of = min(items, max(seen, SEEN_AT_LEAST))
         if len(self) > self.share * of:
-            example = next(iter(self.first.values())).message
+            example = printable(self.named[0].message)
             raise DataError(
                 f"{len(self)} of {of} {self.what} cannot be used ({self.summary()}), more than the allowed share of "
                 f"{self.share:.2%} (max_errors); for example {example}"
@@ -87,10 +94,10 @@ class Errors:
 
     def _log(self, problem: Problem) -> None:
         count = self.counts[problem.reason]
-        if self.file is None or count <= LOGGED:
+        if count <= LOGGED:
             log.warning("%s: %s", problem.reason, printable(problem.message))
         elif count == LOGGED + 1:
-            log.warning("%s: more of them, all named in %s", problem.reason, self.file)
+            log.warning("%s: more of them, named in %s", problem.reason, self.file or "the list of errors")
 
 
 def printable(text: str, most: int = 400) -> str:

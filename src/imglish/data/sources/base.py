@@ -10,6 +10,7 @@ from typing import overload
 
 import numpy as np
 
+from imglish.data.errors import Errors
 from imglish.data.records import Record
 
 
@@ -26,8 +27,10 @@ class Source(Sequence[Record]):
     """Records by number, made when they are asked for: what stays in memory is columns, not an object a record.
 
     The same number gives the same record in any process. A source can be sent to other processes (pickled) and opens
-    its files there when they are first read. Slices and selections are views.
+    its files there when they are first read. Slices and selections are views. ``errors``: what could not be used.
     """
+
+    errors: Errors
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -73,7 +76,7 @@ class Selection(Source):
     """Some records of another source. The weights of a mixture do not apply to a choice of its records."""
 
     def __init__(self, source: Source, numbers: np.ndarray) -> None:
-        self.source, self.numbers = source, numbers
+        self.source, self.numbers, self.errors = source, numbers, source.errors
 
     def __len__(self) -> int:
         return len(self.numbers)
