@@ -110,7 +110,7 @@ class Step:
         pictures, texts = (negative_weights(s, ids, ids) for s in (text_to_image, image_to_text))
         inputs = self.inputs
         chosen = (pictures, inputs["neg_image_idx"]), (texts, inputs["neg_text_idx"])
-        return torch.stack([_draws_for(weights, wanted) for weights, wanted in chosen], dim=1)
+        return torch.stack([draws_for(weights, wanted) for weights, wanted in chosen], dim=1)
 
     def check(self, name: str, value: Tensor) -> None:
         check(self.case, self.prefix + name, value)
@@ -128,7 +128,7 @@ class Step:
         torch.testing.assert_close(negative_weights(similarity, ids, ids), expected, rtol=1e-3, atol=1e-4)
 
 
-def _draws_for(weights: Tensor, chosen: Tensor) -> Tensor:
+def draws_for(weights: Tensor, chosen: Tensor) -> Tensor:
     """Uniform numbers by which the inverse cumulative distribution gives just ``chosen``."""
     upper = weights.double().cumsum(1)
     at = chosen[:, None].long()

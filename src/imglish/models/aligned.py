@@ -290,7 +290,8 @@ def init_weights(module: nn.Module, width: int, embedding_std: float) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02 * math.sqrt(768 / width))
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
             nn.init.trunc_normal_(part.weight, std=embedding_std)
 

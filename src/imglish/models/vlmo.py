@@ -46,8 +46,8 @@ TEXT, IMAGE = 0, 1
 class VlmoConfig:
     """Sizes and objectives; the defaults are the published base model.
 
-    max_length: longest text; text_distances: texts up to this length have distances in the relative table (not used with
-    ``positions="absolute"``, where positions are added to the embeddings); fused_layers: layers on top that have a VL
+    max_length: longest text; text_distances: texts up to this length have distances in the relative table (not used
+    with ``positions="absolute"``, where positions are added to the embeddings); fused_layers: layers on top that have a VL
     expert. drop_path: stochastic depth, growing from zero to this in the last layer, and dropout of the text
     embeddings. itc, itm, mlm: which objectives are trained; itc_fused: ITC also from features that passed the VL
     experts (as in the official code; the paper names the first form only); mlm_weight: factor of MLM beside the others;

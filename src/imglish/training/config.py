@@ -108,8 +108,9 @@ class BatchRecipe:
 @dataclass(frozen=True)
 class OptimiserRecipe:
     """AdamW. lr: highest learning rate; temperature_lr: that of temperatures and logit scales (None: the same), whose
-    steps must stay small beside their value, a few hundredths in ALBEF; decay_embeddings: also decay embedding tables
-    and positions (as published); clip_norm: largest norm of the gradient (None: not clipped)."""
+    steps must stay small beside their value, a few hundredths in ALBEF; only: names of the parameters that are trained,
+    with * for any part, all others stay as they are (None: all are trained); decay_embeddings: also decay embedding
+    tables and positions (as published); clip_norm: largest norm of the gradient (None: not clipped)."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.98)
@@ -118,6 +119,7 @@ class OptimiserRecipe:
     decay_embeddings: bool = True
     clip_norm: float | None = 1.0
     temperature_lr: float | None = None
+    only: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.lr <= 0.1:

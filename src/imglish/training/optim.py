@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from imglish.training.config import OptimiserRecipe, ScheduleRecipe
+from imglish.training.settings import SettingsError
+
+
+def train_only(model: nn.Module, patterns: Sequence[str]) -> int:
+    """Freeze every parameter whose name fits none of ``patterns`` (``blocks.*.ffn.text.*``); returns how many numbers
+    are still trained. A pattern that fits no parameter is an error."""
+    named = dict(model.named_parameters())
+    if idle := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in named)]:
+        raise SettingsError(
+            "optimiser.only", f"no parameter is called {idle[0]!r}; there is, for example, {min(named)}"
+        )
+    for name, parameter in named.items():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+    return sum(p.numel() for p in named.values() if p.requires_grad)
 
 
 def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str, object]]:
