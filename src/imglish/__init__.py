@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imglish.api import Found, Gallery, Model, load
+    from imglish.api import Caption, Found, Gallery, GenerationConfig, Model, load
 
 __version__ = "0.1.0"
-__all__ = ["Found", "Gallery", "Model", "__version__", "load"]
+__all__ = ["Caption", "Found", "Gallery", "GenerationConfig", "Model", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,12 +4,18 @@
 >>> gallery = model.gallery(sorted(Path("photos").glob("*.jpg")))
 >>> for found in model.rank("a dog in the snow", gallery, top=5):
 ...     print(f"{found.score:.2f}", found.picture)
+
+A model that writes captions (BLIP, CoCa) also says what it sees:
+
+>>> [[caption]] = model.caption(["photos/dog.jpg"])
+>>> print(caption.text)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,10 @@ from imglish.data.patches import Patches
 from imglish.data.pictures import picture_of, stack
 from imglish.data.tokenizers import Tokenizer
 from imglish.evaluation.rerank import pair_scores
+from imglish.generation.config import CAPTIONS
+from imglish.generation.config import GenerationConfig as GenerationConfig
+from imglish.generation.engine import Caption as Caption
+from imglish.generation.stream import Captioned, captions_of
 from imglish.models.capabilities import (
     EncodedTexts,
     EncodesImages,
@@ -152,6 +162,48 @@ class Model:
             order = [first[i] for i in best] + order[wanted:]
         return [Found(i, gallery.pictures[i], float(cosine[i]), probability.get(i)) for i in order[:top]]
 
+    def caption(
+        self, pictures: Sequence[Picture], config: GenerationConfig = CAPTIONS, prompt: str | None = None
+    ) -> list[list[Caption]]:
+        """``config.n`` captions for each picture, best first (samples: in their order).
+
+        config: how they are written (default: three beams); prompt: what they begin with, not part of their text (None:
+        as the model was trained). Raises ``MissingCapabilityError`` for a model that writes none, ``ImageError`` for a
+        picture that cannot be read.
+        """
+        found = []
+        for one in self.caption_stream(pictures, config, prompt):
+            if one.problem is not None:
+                raise one.problem
+            found.append(list(one.captions))
+        return found
+
+    def caption_stream(
+        self,
+        pictures: Sequence[Picture],
+        config: GenerationConfig = CAPTIONS,
+        prompt: str | None = None,
+        *,
+        block: int = 16,
+        precision: str = "float32",
+    ) -> Iterator[Captioned[Picture]]:
+        """Like :meth:`caption`, picture by picture as soon as its ``block`` is done; one that cannot be read comes with
+        its ``problem`` in place of captions. precision: "float32" or "bfloat16" (autocast)."""
+        if isinstance(pictures, (str, Path, bytes, Image.Image)):
+            raise TypeError("expected a list of pictures, not one picture")
+        half = precision == "bfloat16"
+        return captions_of(
+            self.network,
+            self.tokenizer,
+            pictures,
+            self._pixels,
+            _name,
+            config,
+            prompt=prompt,
+            block=block,
+            arithmetic=lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=half),
+        )
+
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def _pixels(self, picture: Picture) -> Tensor | Patches:
@@ -213,6 +265,13 @@ def _some(tokens: Tensor | Ragged, pictures: list[int]) -> Tensor | Ragged:
 def _joined(parts: list[Tensor | Ragged]) -> Tensor | Ragged:
     ragged = [part for part in parts if isinstance(part, Ragged)]
     return Ragged.cat(ragged) if ragged else torch.cat([part for part in parts if isinstance(part, Tensor)])
+
+
+def _name(picture: Picture) -> str:
+    """Of a file its path, else a digest of what it holds: random numbers of sampling depend on it."""
+    if isinstance(picture, (str, Path)):
+        return str(picture)
+    return blake2b(picture if isinstance(picture, bytes) else picture.tobytes()).hexdigest()
 
 
 def _parts(items: list[int], size: int) -> Iterator[list[int]]:

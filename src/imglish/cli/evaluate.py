@@ -1,4 +1,4 @@
-"""`imglish eval retrieval`: measure a checkpoint on image-caption pairs."""
+"""`imglish eval retrieval` and `imglish eval captioning`: measure a checkpoint on image-caption pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from imglish.cli.writing import add_options, generation_config
+
+if TYPE_CHECKING:
+    from imglish.data.records import Record
 
 DESCRIPTION = """\
 Measure retrieval by towers and, where the model has a fusion tower, reranked by it.
@@ -15,6 +20,15 @@ Measure retrieval by towers and, where the model has a fusion tower, reranked by
   torchrun --nproc-per-node 8 -m imglish eval retrieval --model ... --data ...
 
 Prints the tables; writes retrieval.json and report.html (tables, examples with pictures) to the folder --out.
+"""
+
+CAPTIONING = """\
+Write a caption for every picture and compare it with the captions that the data hold: BLEU, ROUGE-L, CIDEr-D.
+
+  imglish eval captioning --model runs/flickr8k-blip/model --data captions.jsonl --images photos --split val
+
+Prints the table; writes predictions.jsonl (while it runs), captioning.json and report.html (pictures with captions) to
+the folder --out.
 """
 
 
@@ -31,13 +45,19 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_source(retrieval)
+    captioning = jobs.add_parser(
+        "captioning",
+        help="captions against references: BLEU, ROUGE-L, CIDEr-D",
+        description=CAPTIONING,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(captioning)
+    captioning.add_argument("--batch", type=int, default=16, help="pictures at a time (default: 16)")
+    captioning.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    captioning.add_argument("--out", default="eval-out", help="folder of the results (default: eval-out)")
+    add_options(captioning, many=False)
     add = retrieval.add_argument
-    add("--model", required=True, help="folder of an exported model")
-    add("--data", required=True, help="JSONL or CSV of pictures and captions")
-    add("--images", help="folder that the picture paths are relative to (default: where the file lies)")
-    add("--split", help="only lines with this split")
-    add("--captions", help="field that holds the captions (default: captions or caption)")
-    add("--limit", type=int, help="only the first so many pictures")
     add("--rerank", type=int, default=32, metavar="K", help="candidates that the fusion scores, 0: none (default: 32)")
     add("--all-pairs", action="store_true", help="the fusion scores every pair (small sets)")
     add("--sweep", type=_numbers, default=(), metavar="4,8,16", help="also report these smaller k")
@@ -55,9 +75,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GIB",
         help="of them in memory, the rest on disk (default: 8)",
     )
-    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--out", default="eval-out", help="folder for retrieval.json and report.html (default: eval-out)")
     return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    """Which model, which data, which device."""
+    add = parser.add_argument
+    add("--model", required=True, help="folder of an exported model")
+    add("--data", required=True, help="JSONL or CSV of pictures and captions")
+    add("--images", help="folder that the picture paths are relative to (default: where the file lies)")
+    add("--split", help="only lines with this split")
+    add("--captions", help="field that holds the captions (default: captions or caption)")
+    add("--limit", type=int, help="only the first so many pictures")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,11 +98,19 @@ def main(argv: Sequence[str]) -> int:
     from imglish.checkpoints.native import CheckpointError
     from imglish.data.images import ImageError
     from imglish.data.records import RecordError
+    from imglish.models.capabilities import MissingCapabilityError
     from imglish.training.settings import SettingsError
 
     try:
-        return _retrieval(arguments)
-    except (CheckpointError, RecordError, SettingsError, FileNotFoundError, ValueError) as error:
+        return _retrieval(arguments) if arguments.job == "retrieval" else _captioning(arguments)
+    except (
+        CheckpointError,
+        MissingCapabilityError,
+        RecordError,
+        SettingsError,
+        FileNotFoundError,
+        ValueError,
+    ) as error:
         print(f"imglish eval: {error}", file=sys.stderr)
         return 1 if isinstance(error, ImageError) else 2
     except OSError as error:
@@ -81,7 +120,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _retrieval(arguments: argparse.Namespace) -> int:
     from imglish.checkpoints.native import load
-    from imglish.data.records import read_records
     from imglish.evaluation.encoding import Machine
     from imglish.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
     from imglish.evaluation.summary import retrieval_report
@@ -107,8 +145,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
             token_memory=int(arguments.token_memory * 2**30),
         ),
     )
-    captions = {} if arguments.captions is None else {"captions": arguments.captions}
-    records = read_records(arguments.data, arguments.images, split=arguments.split, **captions)[: arguments.limit]
+    records = _records(arguments)
     with process_group(device):
         result = evaluate_retrieval(loaded.model.to(device), loaded.tokenizer, records, config)
         first = rank() == 0
@@ -121,3 +158,40 @@ def _retrieval(arguments: argparse.Namespace) -> int:
         (out / "retrieval.json").write_text(result.to_json() + "\n", encoding="utf-8")
         print(f"report: {path}")
     return 0
+
+
+def _captioning(arguments: argparse.Namespace) -> int:
+    from imglish.checkpoints.native import load
+    from imglish.evaluation.caption_report import captioning_report
+    from imglish.evaluation.captions import CaptioningConfig, evaluate_captioning
+    from imglish.evaluation.encoding import Machine
+    from imglish.objectives.gather import rank
+    from imglish.training.ranks import pick_device, process_group
+
+    config = CaptioningConfig(
+        generation_config(arguments),
+        prompt=arguments.prompt,
+        machine=Machine(image_block=arguments.batch, precision=arguments.precision),
+    )
+    device = pick_device(arguments.device)
+    loaded = load(arguments.model)
+    records = _records(arguments)
+    out = Path(arguments.out)
+    with process_group(device):
+        model = loaded.model.to(device)
+        result = evaluate_captioning(model, loaded.tokenizer, records, config, predictions=out / "predictions.jsonl")
+        first = rank() == 0
+    if first:
+        print(result.text())
+        facts = {"model": arguments.model, "data": arguments.data, "split": arguments.split or "all"}
+        path = captioning_report(result, records, "Captioning", facts).save(out / "report.html")
+        (out / "captioning.json").write_text(result.to_json() + "\n", encoding="utf-8")
+        print(f"report: {path}")
+    return 0
+
+
+def _records(arguments: argparse.Namespace) -> list[Record]:
+    from imglish.data.records import read_records
+
+    captions = {} if arguments.captions is None else {"captions": arguments.captions}
+    return read_records(arguments.data, arguments.images, split=arguments.split, **captions)[: arguments.limit]

@@ -49,6 +49,10 @@ class GenerationConfig:
             raise ValueError(f"{self.n} texts a picture need sampling or at least {self.n} beams")
 
 
+CAPTIONS = GenerationConfig(beams=3, min_length=5)
+"""The usual setting for captions: three beams, at least four tokens before the end."""
+
+
 @dataclass(frozen=True)
 class Written:
     """One text. ids: its tokens after the prompt, without the closing token; ended: whether it closed by itself or was

@@ -1,0 +1,201 @@
+"""Captioning measured: every picture gets a caption, which BLEU, ROUGE-L and CIDEr-D compare with its references."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from imglish.data.pictures import Picture
+from imglish.data.records import Record
+from imglish.evaluation.caption_metrics import NAMES, caption_scores
+from imglish.evaluation.encoding import Machine, device_of, picture_loader
+from imglish.evaluation.ptb import tokenized
+from imglish.evaluation.retrieval import merge_pictures, text_table
+from imglish.evaluation.sharing import blocks, mine
+from imglish.generation.config import CAPTIONS, GenerationConfig
+from imglish.generation.engine import Vocabulary
+from imglish.generation.stream import captions_of
+from imglish.models.capabilities import Captions, require
+from imglish.objectives.gather import rank, world_size
+
+TITLES = {"bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L"}
+TITLES |= {"cider": "CIDEr-D"}
+
+
+@dataclass(frozen=True)
+class CaptioningConfig:
+    """generation: how captions are written (the first of several is scored); prompt: what they begin with (None: as
+    the model was trained); machine: how it is computed, in blocks of ``image_block`` pictures."""
+
+    generation: GenerationConfig = CAPTIONS
+    prompt: str | None = None
+    machine: Machine = field(default_factory=lambda: Machine(image_block=16))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A caption beside its references, with its scores as :data:`imglish.evaluation.caption_metrics.NAMES`."""
+
+    key: str
+    caption: str
+    score: float
+    references: tuple[str, ...]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CaptioningResult:
+    """metrics: of the whole set, times 100 as published tables have them (CIDEr-D up to 1000); unfinished: captions
+    that were cut at ``max_length``; words: mean length; distinct: different captions; seconds: wall clock."""
+
+    images: int
+    references: int
+    metrics: dict[str, float]
+    words: float
+    distinct: int
+    unfinished: int
+    generation: GenerationConfig
+    seconds: float
+    predictions: tuple[Prediction, ...] = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, without the predictions."""
+        found = {name: value for name, value in self.__dict__.items() if name not in ("predictions", "generation")}
+        return {**found, "generation": asdict(self.generation)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """The table as headers and one row of text."""
+        return [TITLES[name] for name in NAMES], [[f"{self.metrics[name]:.1f}" for name in NAMES]]
+
+    def text(self) -> str:
+        """Table and facts for a terminal."""
+        return "\n".join(
+            [
+                f"{self.images} pictures, {self.references} references; metrics times 100",
+                text_table(*self.rows()),
+                f"{self.words:.1f} words a caption, {self.distinct} different captions, {self.unfinished} cut at "
+                f"{self.generation.max_length} tokens, {self.seconds:.1f} s",
+            ]
+        )
+
+
+def evaluate_captioning(
+    model: nn.Module,
+    tokenizer: Vocabulary,
+    records: Sequence[Record],
+    config: CaptioningConfig = CaptioningConfig(),
+    *,
+    load: Callable[[Record], Picture] | None = None,
+    predictions: Path | None = None,
+) -> CaptioningResult:
+    """Caption the pictures of ``records`` and compare with their captions; under ``torchrun`` all ranks share the work.
+
+    load: gives a record's picture in the form that the model takes (default: as its ``config.image`` says);
+    predictions: a JSONL file that receives each caption as soon as it is written (one file a rank, numbered after the
+    first). The model is evaluated as ``eval()`` and put back. Raises ``MissingCapabilityError`` for a model that writes
+    no captions and ``ImageError`` for a picture that cannot be read.
+    """
+    pictures = merge_pictures(records)[0] if records else []
+    if not pictures:
+        raise ValueError("there are no records to evaluate on")
+    references = _references(records)
+    require(model, Captions, "captioning")
+    if load is None:
+        model_config: Any = model.config
+        load = picture_loader(model_config.image.transform())
+    began, training = time.perf_counter(), model.training
+    model.eval()
+    try:
+        written = _write(model, tokenizer, pictures, load, config, predictions)
+    finally:
+        model.train(training)
+    captions = [written[record.key] for record in pictures]
+    sides = [references[record.image_id] for record in pictures]
+    scores = caption_scores(
+        [tokenized(one["caption"]) for one in captions], [[tokenized(text) for text in side] for side in sides]
+    )
+    found = [
+        Prediction(record.key, one["caption"], one["score"], side, item)
+        for record, one, side, item in zip(pictures, captions, sides, scores.items)
+    ]
+    return CaptioningResult(
+        images=len(pictures),
+        references=sum(map(len, sides)),
+        metrics={name: 100 * value for name, value in scores.corpus.items()},
+        words=sum(len(one.caption.split()) for one in found) / len(found),
+        distinct=len({one.caption for one in found}),
+        unfinished=sum(not one["ended"] for one in captions),
+        generation=config.generation,
+        seconds=time.perf_counter() - began,
+        predictions=tuple(found),
+    )
+
+
+def _references(records: Sequence[Record]) -> dict[int, tuple[str, ...]]:
+    """All captions of each picture."""
+    found: dict[int, tuple[str, ...]] = {}
+    for record in records:
+        found[record.image_id] = found.get(record.image_id, ()) + record.captions
+    return found
+
+
+def _write(
+    model: nn.Module,
+    tokenizer: Vocabulary,
+    pictures: Sequence[Record],
+    load: Callable[[Record], Picture],
+    config: CaptioningConfig,
+    predictions: Path | None,
+) -> dict[str, dict[str, Any]]:
+    """Key -> caption, score, ended, from all ranks; each rank writes the blocks that are its own."""
+    parts = blocks(len(pictures), config.machine.image_block)
+    own = [pictures[i] for part in mine(len(parts)) for i in parts[part]]
+    device = device_of(model)
+    stream = captions_of(
+        model,
+        tokenizer,
+        own,
+        load,
+        lambda record: record.key,
+        config.generation,
+        prompt=config.prompt,
+        block=config.machine.image_block,
+        threads=config.machine.decoders,
+        arithmetic=lambda: config.machine.arithmetic(device),
+    )
+    found: dict[str, dict[str, Any]] = {}
+    file = None
+    if predictions is not None:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        name = predictions if rank() == 0 else predictions.with_suffix(f".{rank()}{predictions.suffix}")
+        file = name.open("w", encoding="utf-8")
+    try:
+        with config.machine.bar(len(own), "captions", "picture") as bar:
+            for one in stream:
+                if one.problem is not None:
+                    raise one.problem
+                best = one.captions[0]
+                found[one.item.key] = {"caption": best.text, "score": best.score, "ended": best.ended}
+                if file is not None:
+                    line = {"key": one.item.key, "captions": [c.text for c in one.captions], "score": best.score}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.flush()
+                bar.update()
+    finally:
+        if file is not None:
+            file.close()
+    if world_size() > 1:
+        everyone: list[Any] = [None] * world_size()
+        dist.all_gather_object(everyone, found)
+        found = {key: value for part in everyone for key, value in part.items()}
+    return found
