@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from imglish.checkpoints.rules import Drop, Fresh, Rule, Tie, Transform
 
-_CLASS_TOKEN = Transform(lambda x: x[0, 0], lambda x: x[None, None])
-_POSITIONS = Transform(lambda x: x[0], lambda x: x[None])
+CLASS_TOKEN = Transform(lambda x: x[0, 0], lambda x: x[None, None])
+POSITIONS = Transform(lambda x: x[0], lambda x: x[None])
 
 PARTS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {  # module of our block -> (their names, ours within it)
     "attn": (
@@ -29,8 +29,8 @@ CROSS = ("cross", "norm_cross")
 
 def vision(prefix: str) -> Iterator[Rule]:
     """timm's vision Transformer."""
-    yield Rule(f"{prefix}.cls_token", "vision.class_token", _CLASS_TOKEN)
-    yield Rule(f"{prefix}.pos_embed", "vision.positions", _POSITIONS)
+    yield Rule(f"{prefix}.cls_token", "vision.class_token", CLASS_TOKEN)
+    yield Rule(f"{prefix}.pos_embed", "vision.positions", POSITIONS)
     yield Rule(f"{prefix}.patch_embed.proj.{{leaf}}", "vision.patch_embed.{leaf}")
     for theirs, ours in (
         ("norm1", "norm1"),

@@ -88,7 +88,13 @@ def _without_decoder(config: BlipConfig) -> Iterator[Fresh]:
 
 def table(config: BlipConfig, parts: Parts = Parts()) -> Table:
     """The student: official name -> ours."""
-    rules: list[Rule | Drop | Tie | Fresh] = [*bert.vision("visual_encoder")]
+    momentum = bert.dropped([*bert.vision("visual_encoder_m"), *_encoder("_m")], "momentum copy: see teacher_table")
+    return Table(*bert.vision("visual_encoder"), *text_rules(config, parts), *momentum, *bert.QUEUE)
+
+
+def text_rules(config: BlipConfig, parts: Parts) -> list[Rule | Drop | Tie | Fresh]:
+    """All but the vision Transformer."""
+    rules: list[Rule | Drop | Tie | Fresh] = []
     if parts.encoder:
         rules += [*_encoder(""), Rule("itm_head.{leaf}", "itm_head.{leaf}")]
     else:
@@ -98,8 +104,7 @@ def table(config: BlipConfig, parts: Parts = Parts()) -> Table:
         rules.append(Rule("temp", "temperature"))
     else:
         rules.append(Fresh("temperature", "the checkpoint was made without contrast, or for its use alone"))
-    momentum = bert.dropped([*bert.vision("visual_encoder_m"), *_encoder("_m")], "momentum copy: see teacher_table")
-    return Table(*rules, *momentum, *bert.QUEUE)
+    return rules
 
 
 def teacher_table() -> Table:

@@ -1,0 +1,78 @@
+"""BLIP in the layout of Hugging Face transformers: ``config.json`` and state dict to ours, and back.
+
+``BlipForImageTextRetrieval`` (text encoder) and ``BlipForConditionalGeneration`` (text decoder). Their texts have the
+official names, their vision Transformer has others. Their retrieval model leaves [CLS] in front of a text that is
+matched, where the official training and this library have [ENC].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from imglish.checkpoints import bert
+from imglish.checkpoints.blip import Parts, text_rules
+from imglish.checkpoints.rules import Converted, Drop, Rule, Table
+from imglish.models.blip import BlipConfig
+from imglish.models.vit import ImageInput, VitConfig
+
+
+def _vision() -> Iterator[Rule | Drop]:
+    embeddings, layer, block = "vision_model.embeddings", "vision_model.encoder.layers.{i}", "vision.blocks.{i}"
+    yield Rule(f"{embeddings}.class_embedding", "vision.class_token", bert.CLASS_TOKEN)
+    yield Rule(f"{embeddings}.position_embedding", "vision.positions", bert.POSITIONS)
+    yield Rule(f"{embeddings}.patch_embedding.{{leaf}}", "vision.patch_embed.{leaf}")
+    yield Rule(f"{layer}.self_attn.qkv.{{leaf}}", f"{block}.attn.qkv.{{leaf}}")
+    yield Rule(f"{layer}.self_attn.projection.{{leaf}}", f"{block}.attn.out.{{leaf}}")
+    yield Rule(f"{layer}.layer_norm{{n}}.{{leaf}}", f"{block}.norm{{n}}.{{leaf}}")
+    yield Rule(f"{layer}.mlp.fc{{n}}.{{leaf}}", f"{block}.mlp.fc{{n}}.{{leaf}}")
+    yield Rule("vision_model.post_layernorm.{leaf}", "vision.norm.{leaf}")
+
+
+def table(config: BlipConfig, parts: Parts) -> Table:
+    """Their name -> ours."""
+    return Table(*_vision(), *text_rules(config, parts))
+
+
+def config_from_json(given: Mapping[str, Any], **changes: Any) -> BlipConfig:
+    """Our configuration from the ``config.json`` of a BLIP model, all entries written out (``to_dict``).
+
+    changes: settings that the file does not have (``prompt``, ``prompt_tokens``, which objectives go on). Raises
+    ``ValueError`` for what we do not have: another activation, or opening tokens elsewhere in the vocabulary.
+    """
+    vision, text = given["vision_config"], given["text_config"]
+    for part in (vision, text):
+        if part["hidden_act"] != "gelu":
+            raise ValueError(f"hidden_act {part['hidden_act']!r} is not supported, only 'gelu'")
+    settings: dict[str, Any] = {
+        "vision": VitConfig(
+            image=ImageInput(vision["image_size"]),
+            patch=vision["patch_size"],
+            width=vision["hidden_size"],
+            depth=vision["num_hidden_layers"],
+            heads=vision["num_attention_heads"],
+            mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
+            norm_eps=vision["layer_norm_eps"],
+        ),
+        "vocab_size": text["vocab_size"],
+        "max_length": text["max_position_embeddings"],
+        "width": text["hidden_size"],
+        "depth": text["num_hidden_layers"],
+        "heads": text["num_attention_heads"],
+        "hidden": text["intermediate_size"],
+        "norm_eps": text["layer_norm_eps"],
+        "dropout": text["hidden_dropout_prob"],
+        "embed_dim": given["image_text_hidden_size"],
+        "smoothing": text["label_smoothing"],
+    }
+    config = BlipConfig(**(settings | changes))
+    if text["bos_token_id"] != config.decode_id:
+        raise ValueError(f"bos_token_id is {text['bos_token_id']}, expected {config.decode_id}, the last but one token")
+    return config
+
+
+def convert(theirs: Mapping[str, Tensor], target: Mapping[str, Tensor], config: BlipConfig) -> Converted:
+    """Our state dict, of the names and shapes of ``target``; errors name what does not fit."""
+    return table(config, Parts.of(theirs)).convert(theirs, target)
