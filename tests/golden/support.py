@@ -7,6 +7,7 @@ A case is any folder below it that holds a ``meta.json``; nothing else of the la
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import zlib
@@ -98,6 +99,12 @@ class Case:
             coarse = torch.from_numpy(input_fill(self.name, f"{name}.coarse", coarse_shape))
             repeat = shape[-1] // coarse_shape[-1]
             value = value + factor * coarse.repeat_interleave(repeat, -1).repeat_interleave(repeat, -2)
+        if "set to 0 with (h_b,w_b) =" in rule:
+            for picture, (high, wide) in zip(
+                value, ast.literal_eval(rule.split("(h_b,w_b) =")[1].strip()), strict=True
+            ):
+                picture[:, high:] = 0
+                picture[:, :, wide:] = 0
         torch.testing.assert_close(value.reshape(-1)[: sample.numel()], sample, rtol=1e-5, atol=1e-5)
         return value
 

@@ -14,16 +14,18 @@ CHECKED = {
     "test_textclean.py": ("albef-textclean", "blip-textclean"),
     "test_clip.py": ("clip-vit", "clip-resnet"),
     "test_clip_tokenizer.py": ("clip-tokenizer",),
+    "test_vlmo.py": ("vlmo-pretrain", "vlmo-textmlm", "vlmo-irtr"),
+    "test_vlmo_files.py": ("vlmo-train", "vlmo-relpos", "vlmo-abspos", "vlmo-from-beit"),
     "test_openclip.py": ("openclip-",),
     "test_beit_masks.py": ("beit-mask",),
     "test_beit.py": ("beit-mim",),
+    "test_vilt.py": ("vilt-",),
 }
 WAITING = {
     "albef-": "ALBEF's heads for VQA, NLVR2 and visual entailment",
     "blip-": "BLIP's heads for VQA and NLVR2",
-    "vilt-": "ViLT",
     "coca-": "CoCa",
-    "vlmo-": "VLMo",
+    "vlmo-": "VLMo's heads for VQA and NLVR2",
     "beit3-": "BEiT-3",
 }
 

@@ -18,8 +18,8 @@ class AspectTransform:
 
     The shorter side becomes ``size`` pixels, the longer side at most ``longest``; then both are rounded down to
     multiples of ``patch``, so the shape changes by less than a patch. A strip that is too thin for this keeps one
-    patch across. most: patches of a picture that stay, drawn anew each time in training, spread evenly without random
-    choices (None: all). crop_scale: in training, a random part with that share of the area, in the shape that it has.
+    patch across. most: patches of a picture that stay in training, drawn anew each time (None: all). crop_scale: in
+    training, a random part with that share of the area, in the shape that it has.
     """
 
     size: int

@@ -90,15 +90,12 @@ def cut_pixels(
 ) -> Patches:
     """A picture uint8 ``(H, W, 3)``, sides multiples of ``patch``, as patches.
 
-    most: of a picture with more patches, this many stay: drawn by ``rng`` without replacement, or without ``rng``
-    spread evenly.
+    most: of a picture with more patches, this many stay, drawn by ``rng`` without replacement; without ``rng`` all.
     """
     grid = pixels.shape[0] // patch, pixels.shape[1] // patch
     cut = pixels.reshape(grid[0], patch, grid[1], patch, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, patch, patch)
     total, kept = grid[0] * grid[1], None
-    if most is not None and total > most:
-        kept = np.linspace(0, total - 1, most).astype(np.int64)
-        if rng is not None:
-            kept = np.sort(rng.choice(total, most, replace=False))
+    if most is not None and total > most and rng is not None:
+        kept = np.sort(rng.choice(total, most, replace=False))
         cut = cut[kept]
     return Patches(torch.from_numpy(np.ascontiguousarray(cut)), grid, kept)

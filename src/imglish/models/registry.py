@@ -8,15 +8,26 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from imglish.models import albef, beit, blip, clip, dvae, vqkd
+from imglish.models import albef, beit, blip, clip, dvae, vilt, vlmo, vqkd
 
-Config = albef.AlbefConfig | blip.BlipConfig | clip.ClipConfig | dvae.DVaeConfig | vqkd.VqKdConfig | beit.BeitConfig
+Config = (
+    albef.AlbefConfig
+    | blip.BlipConfig
+    | clip.ClipConfig
+    | vilt.ViltConfig
+    | vlmo.VlmoConfig
+    | dvae.DVaeConfig
+    | vqkd.VqKdConfig
+    | beit.BeitConfig
+)
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "clip": (clip.ClipConfig, clip.Clip),
     "albef": (albef.AlbefConfig, albef.Albef),
     "blip": (blip.BlipConfig, blip.Blip),
     "beit": (beit.BeitConfig, beit.Beit),
+    "vilt": (vilt.ViltConfig, vilt.Vilt),
+    "vlmo": (vlmo.VlmoConfig, vlmo.Vlmo),
     "dvae": (dvae.DVaeConfig, dvae.DVae),
     "vqkd": (vqkd.VqKdConfig, vqkd.VqKd),
 }
@@ -25,6 +36,8 @@ CONFIGS: dict[str, Callable[[], Config]] = {
     **albef.CONFIGS,
     **blip.CONFIGS,
     **beit.CONFIGS,
+    **vilt.CONFIGS,
+    **vlmo.CONFIGS,
     **dvae.CONFIGS,
     **vqkd.CONFIGS,
 }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imglish.data.batch import TextBatch
+from imglish.data.patches import PatchBatch
+from imglish.nn.segments import upload_floats, upload_index
 
 
 class PatchEmbed(nn.Module):
@@ -29,6 +32,11 @@ class PatchEmbed(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
         nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def rows(self, pixels: Tensor) -> Tensor:
+        """Patches ``(T, 3, patch, patch)`` that are cut already -> ``(T, width)``."""
+        flat = normalise(pixels, self.mean, self.std, self.weight.dtype).flatten(1)
+        return F.linear(flat, self.weight.flatten(1), self.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, h * w, width)``; H and W must be multiples of the patch."""
@@ -63,6 +71,27 @@ def resize_grid(table_LD: Tensor, grid: tuple[int, int], prefix: int = 1, antial
     image = body.T.reshape(1, -1, side, side)
     image = F.interpolate(image.float(), grid, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([head, image[0].flatten(1).T.to(body.dtype)])
+
+
+def grid_positions(table_LD: Tensor, pictures: PatchBatch) -> Tensor:
+    """Positions learned on a square grid, for pictures of any shapes: ``(n * n, D)`` -> ``(T, D)``, a row a patch.
+
+    Bilinear with aligned corners (ViLT): the corner patches of every picture have the positions of the grid's corners.
+    Each row is a weighted sum of four rows of the table, so all shapes of a batch are one call.
+    """
+    side = math.isqrt(table_LD.shape[0])
+    if side * side != table_LD.shape[0]:
+        raise ValueError(f"{table_LD.shape[0]} positions are not a square grid")
+    corners, weights = [], []
+    for place in pictures.places():
+        at = place * (side - 1)
+        low = np.floor(at).astype(np.int64)
+        corners.append((low, np.minimum(low + 1, side - 1)))
+        weights.append((1 - (at - low), at - low))
+    rows = [down * side + across for down in corners[0] for across in corners[1]]
+    shares = [down * across for down in weights[0] for across in weights[1]]
+    index, share = upload_index(np.stack(rows, 1), table_LD.device), upload_floats(np.stack(shares, 1), table_LD.device)
+    return F.embedding_bag(index, table_LD, mode="sum", per_sample_weights=share.to(table_LD.dtype))
 
 
 def resize_line(table_LD: Tensor, length: int) -> Tensor:

@@ -180,6 +180,11 @@ def upload_index(values: np.ndarray, device: torch.device) -> Tensor:
     return _upload(values, torch.int64, torch.device(device))
 
 
+def upload_floats(values: np.ndarray, device: torch.device) -> Tensor:
+    """Host numbers as a float32 tensor on ``device``, without making the host wait."""
+    return _upload(values, torch.float32, torch.device(device))
+
+
 class HostCopy:
     """A device tensor on its way to the host: the copy is started here and waited for in :meth:`numpy`.
 

@@ -1,0 +1,101 @@
+"""Official ViLT checkpoints (Lightning files of dandelin/ViLT), their task models, and those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from imglish.checkpoints import bert
+from imglish.checkpoints.rules import Converted, Drop, Fresh, Rule, Table, Tie, Transform
+
+_CLASS_TOKEN = Transform(lambda x: x[0, 0], lambda x: x[None, None])
+_POSITIONS = Transform(lambda x: x[0], lambda x: x[None])
+_BLOCK = (
+    ("norm1", "norm1"),
+    ("attn.qkv", "attn.qkv"),
+    ("attn.proj", "attn.out"),
+    ("norm2", "norm2"),
+    ("mlp.fc1", "mlp.fc1"),
+    ("mlp.fc2", "mlp.fc2"),
+)
+_HF_BLOCK: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("layernorm_before",), "norm1"),
+    (tuple(f"attention.attention.{name}" for name in ("query", "key", "value")), "attn.qkv"),
+    (("attention.output.dense",), "attn.out"),
+    (("layernorm_after",), "norm2"),
+    (("intermediate.dense",), "mlp.fc1"),
+    (("output.dense",), "mlp.fc2"),
+)
+
+
+HEADS = ("rank_output", "vqa_classifier", "nlvr2_classifier")
+"""Official names of the heads of :mod:`imglish.models.vilt_heads`."""
+
+
+def table(head: str | None = None) -> Table:
+    """Official name -> ours. head: one of :data:`HEADS` for a task model, which holds the ViLT as ``vilt``."""
+    prefix = "" if head is None else "vilt."
+    rules: list[Rule | Drop] = [*_body(prefix), Rule("itm_score.fc.{leaf}", f"{prefix}itm_head.{{leaf}}")]
+    rules += _words("mlm_score", prefix)
+    if head is not None:
+        layer = "" if head == "rank_output" else ".{i}"
+        rules.append(Rule(f"{head}{layer}.{{leaf}}", f"head{layer}.{{leaf}}"))
+    return Table(*rules)
+
+
+def _body(prefix: str) -> Iterator[Rule | Drop]:
+    yield from bert.embeddings("text_embeddings", f"{prefix}embedding", types=True)
+    yield Rule("token_type_embeddings.weight", f"{prefix}types.weight")
+    yield Rule("transformer.cls_token", f"{prefix}pictures.class_token", _CLASS_TOKEN)
+    yield Rule("transformer.pos_embed", f"{prefix}pictures.positions", _POSITIONS)
+    yield Rule("transformer.patch_embed.proj.{leaf}", f"{prefix}pictures.patch_embed.{{leaf}}")
+    for theirs, ours in _BLOCK:
+        yield Rule(f"transformer.blocks.{{i}}.{theirs}.{{leaf}}", f"{prefix}blocks.{{i}}.{ours}.{{leaf}}")
+    yield Rule("transformer.norm.{leaf}", f"{prefix}norm.{{leaf}}")
+    yield Rule("pooler.dense.{leaf}", f"{prefix}pooler.{{leaf}}")
+
+
+def _words(theirs: str, prefix: str) -> Iterator[Rule]:
+    yield Rule(f"{theirs}.bias", f"{prefix}mlm_head.bias")
+    yield Rule(f"{theirs}.transform.dense.{{leaf}}", f"{prefix}mlm_head.dense.{{leaf}}")
+    yield Rule(f"{theirs}.transform.LayerNorm.{{leaf}}", f"{prefix}mlm_head.norm.{{leaf}}")
+    yield Rule(f"{theirs}.decoder.weight", f"{prefix}mlm_words.weight")
+
+
+def transformers_table(missing: Sequence[str] = ()) -> Table:
+    """Names of a task model of transformers around ``ViltModel`` (``vilt.``) -> ours.
+
+    missing: heads of ours ("itm_head", "mlm_head", "mlm_words") that it lacks; they keep their values.
+    """
+    lacking = [Fresh(f"{head}.{{leaf}}", "no such head there") for head in missing]
+    lacking += [Fresh(f"{head}.{{part}}.{{leaf}}", "no such head there") for head in missing]
+    return Table(*_transformers(), *lacking)
+
+
+def _transformers() -> Iterator[Rule | Drop | Tie]:
+    inputs = "vilt.embeddings"
+    yield from bert.embeddings(f"{inputs}.text_embeddings", "embedding", types=True)
+    yield Rule(f"{inputs}.token_type_embeddings.weight", "types.weight")
+    yield Rule(f"{inputs}.cls_token", "pictures.class_token", _CLASS_TOKEN)
+    yield Rule(f"{inputs}.position_embeddings", "pictures.positions", _POSITIONS)
+    yield Rule(f"{inputs}.patch_embeddings.projection.{{leaf}}", "pictures.patch_embed.{leaf}")
+    for names, ours in _HF_BLOCK:
+        yield Rule(
+            tuple(f"vilt.encoder.layer.{{i}}.{name}.{{leaf}}" for name in names), f"blocks.{{i}}.{ours}.{{leaf}}"
+        )
+    yield Rule("vilt.layernorm.{leaf}", "norm.{leaf}")
+    yield Rule("vilt.pooler.dense.{leaf}", "pooler.{leaf}")
+    yield from _words("mlm_score", "")
+    yield Tie("mlm_score.decoder.bias", "mlm_score.bias")
+
+
+def convert(official: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Converted:
+    """The state dict of ours, of the names and shapes of ``target`` (a :class:`Vilt` or one of its task models)."""
+    return table(head_of(official)).convert(official, target)
+
+
+def head_of(official: Mapping[str, Tensor]) -> str | None:
+    """The head of a task model among :data:`HEADS`, None for a checkpoint of pre-training."""
+    names = {name.split(".")[0] for name in official}
+    return next((head for head in HEADS if head in names), None)
