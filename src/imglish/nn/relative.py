@@ -85,3 +85,59 @@ def relative_index(grid: int, text: int, offsets: int, rows: int) -> np.ndarray:
     index[image:, :image] = offsets
     index[:image, image:] = offsets + 1
     return index
+
+
+def resize_relative(table: Tensor, before: int, after: int) -> Tensor:
+    """A table made for ``before`` patches a side for ``after``, ``(rows, columns)`` -> ``(other rows, columns)``.
+
+    Offsets are laid out on a geometric progression, finer near zero, such that the old ones reach as far as the new
+    ones, and the cubic spline through the old values is read at the new offsets (BEiT's code; Dong et al. 2022 do the
+    same). The last rows, of class tokens and texts, stay.
+    """
+    old, new = 2 * before - 1, 2 * after - 1
+    if old == new:
+        return table
+    places = _progression(before, after)
+    weights = spline_matrix(places, np.arange(new) - new // 2)
+    image = table[: old * old].double().cpu().numpy().reshape(old, old, -1)
+    grown = np.einsum("yi,xj,ijc->yxc", weights, weights, image).reshape(new * new, -1)
+    return torch.cat([torch.from_numpy(grown).to(table), table[old * old :]])
+
+
+def _progression(before: int, after: int) -> np.ndarray:
+    """Where the old offsets lie among the new ones: symmetric, steps growing by one factor, the last at after // 2
+    of the new table's width or just above; float64 ``(2 before - 1,)``."""
+    reach = (2 * after - 1) // 2.0
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        factor = (low + high) / 2
+        total = (1 - factor ** (before - 1)) / (1 - factor) if before > 1 else 0.0
+        low, high = (low, factor) if total > reach else (factor, high)
+    steps = np.cumsum(factor ** np.arange(before - 1))
+    return np.concatenate([-steps[::-1], [0.0], steps])
+
+
+def spline_matrix(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Weights ``(wanted, places)`` that read the cubic spline through values at ``places`` (ascending, at least 4).
+
+    The spline has continuous third derivatives at the second and the last but one place ("not a knot"), as
+    interpolating B-splines have; outside of ``places`` it keeps its end values.
+    """
+    n = len(places)
+    h = np.diff(places)
+    identity = np.eye(n)
+    slopes = np.diff(identity, axis=0) / h[:, None]
+    system, right = np.zeros((n, n)), np.zeros((n, n))  # second derivatives at the places
+    for i in range(1, n - 1):
+        system[i, i - 1 : i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
+        right[i] = 6 * (slopes[i] - slopes[i - 1])
+    system[0, :3] = h[1], -(h[0] + h[1]), h[0]
+    system[-1, -3:] = h[-1], -(h[-2] + h[-1]), h[-2]
+    second = np.linalg.solve(system, right)
+    x = np.clip(wanted, places[0], places[-1])
+    i = np.clip(np.searchsorted(places, x, side="right") - 1, 0, n - 2)
+    left, rest, width = (x - places[i])[:, None], (places[i + 1] - x)[:, None], h[i][:, None]
+    ends = identity[i] * rest / width + identity[i + 1] * left / width
+    bend = second[i] * (rest**3 / width - rest * width) + second[i + 1] * (left**3 / width - left * width)
+    matrix: np.ndarray = ends + bend / 6
+    return matrix
