@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imglish.checkpoints.rules import TRANSPOSE, ConversionError, Drop, Fresh, Rule, Table, Tie, Transform
+from imglish.checkpoints.rules import TRANSPOSE, ConversionError, Cut, Drop, Fresh, Rule, Table, Tie, Transform
 
 TABLE = Table(
     Rule("proj", "head.weight", TRANSPOSE),
@@ -107,3 +107,22 @@ def test_two_names_cannot_become_one() -> None:
 def test_long_lists_are_cut() -> None:
     with pytest.raises(ConversionError, match=r"20 names .*a7 ... and 12 more"):
         Table().convert({f"a{i}": torch.zeros(1) for i in range(20)}, {})
+
+
+def test_one_name_cut_into_several_and_joined_again() -> None:
+    table = Table(Cut("pool.{i}.in", ("pool.{i}.q", "pool.{i}.kv"), (1, 2)), Cut("in", ("q", "kv"), (1, 2)))
+    source = {"pool.3.in": torch.arange(6.0), "in": torch.arange(3.0)}
+    shapes = {"pool.3.q": (2,), "pool.3.kv": (4,), "q": (1,), "kv": (2,)}
+    state = table.convert(source, {name: torch.zeros(shape) for name, shape in shapes.items()}).state
+    assert state["pool.3.q"].tolist() == [0, 1]
+    assert state["pool.3.kv"].tolist() == [2, 3, 4, 5]
+    back = table.revert(state)
+    assert all(torch.equal(back[name], value) for name, value in source.items())
+    with pytest.raises(ConversionError, match=r"pool.3.q without pool.3.kv: both come from pool.\{i\}.in"):
+        table.revert({"pool.3.q": torch.zeros(2)})
+    with pytest.raises(ConversionError, match="5 rows cannot be divided"):
+        table.convert({"in": torch.zeros(5)}, {"q": torch.zeros(1), "kv": torch.zeros(2)})
+    with pytest.raises(ConversionError, match="which another name has become already"):
+        Table(Rule("a", "q"), Cut("in", ("q", "kv"), (1, 2))).convert(
+            {"a": torch.zeros(1), "in": torch.zeros(3)}, {"q": torch.zeros(1), "kv": torch.zeros(2)}
+        )

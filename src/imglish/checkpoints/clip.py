@@ -17,13 +17,14 @@ from torch import Tensor
 
 from imglish.checkpoints.rules import TRANSPOSE, Converted, Drop, Rule, Table
 from imglish.models.clip import ClipConfig, ResNetConfig, TextConfig, clip_vit
+from imglish.models.coca import CocaConfig
 from imglish.models.vit import ImageInput, VitConfig
 from imglish.nn.resnet import STRIDE
 
 
 def transformer_rules(official: str, ours: str) -> Table:
-    """The residual blocks of both towers; LayerScale where open_clip has it."""
-    theirs, mine = f"{official}resblocks.{{i}}.", f"{ours}blocks.{{i}}."
+    """Residual blocks of ``official``, which are ``ours`` (with ``{i}``) here; LayerScale where open_clip has it."""
+    theirs, mine = f"{official}resblocks.{{i}}.", ours
     return Table(
         Rule(theirs + "attn.in_proj_{leaf}", mine + "attn.qkv.{leaf}"),
         Rule(theirs + "attn.out_proj.{leaf}", mine + "attn.out.{leaf}"),
@@ -36,7 +37,7 @@ def transformer_rules(official: str, ours: str) -> Table:
 
 def vit_rules(norm: str = "vision.norm") -> Table:
     """The image tower with a Transformer; ``norm``: where its last LayerNorm lies in our model."""
-    return transformer_rules("visual.transformer.", "vision.") + Table(
+    return transformer_rules("visual.transformer.", "vision.blocks.{i}.") + Table(
         Rule("visual.class_embedding", "vision.class_token"),
         Rule("visual.positional_embedding", "vision.positions"),
         Rule("visual.conv1.weight", "vision.patch_embed.weight"),
@@ -69,7 +70,7 @@ def resnet_rules(stages: int = 4) -> Table:
 
 def text_rules(prefix: str = "") -> Table:
     """The text tower; open_clip's models with a tower of their own put ``text.`` in front."""
-    return transformer_rules(f"{prefix}transformer.", "text.") + Table(
+    return transformer_rules(f"{prefix}transformer.", "text.blocks.{i}.") + Table(
         Rule(f"{prefix}token_embedding.weight", "text.words.weight"),
         Rule(f"{prefix}positional_embedding", "text.positions"),
         Rule(f"{prefix}ln_final.{{leaf}}", "text.norm.{leaf}"),
@@ -90,7 +91,7 @@ def convert(official: Mapping[str, Tensor], config: ClipConfig) -> Converted:
     return table(config).convert(official, skeleton(config))
 
 
-def skeleton(config: ClipConfig) -> dict[str, Tensor]:
+def skeleton(config: ClipConfig | CocaConfig) -> dict[str, Tensor]:
     """Names, shapes and dtypes of our state dict, without memory."""
     with torch.device("meta"):
         return config.build().state_dict()

@@ -25,6 +25,7 @@ from imglish.nn.embed import resize_grid, resize_line
 _IDLE = {
     "top": {"custom_text", "output_dict"},
     "vision_cfg": {"patch_dropout", "output_tokens", "timm_model_pretrained", "timm_drop", "timm_drop_path"},
+    "multimodal_cfg": {"context_length", "attn_pooler_heads"},  # of the mask only; not read
     "text_cfg": {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "output_tokens", "eos_id"}
     | {"final_ln_after_pool"},  # the text tower normalises row by row, so the order does not matter
 }
@@ -34,7 +35,7 @@ class UnknownOptionError(ValueError):
     """An open_clip option, or a value of one, that changes the model in a way we do not build."""
 
 
-class _Options:
+class Options:
     """One dictionary of a model JSON: every key must be taken or be idle."""
 
     def __init__(self, where: str, given: Mapping[str, Any]) -> None:
@@ -54,6 +55,11 @@ class _Options:
             raise self.refuse(key, value)
         return choices[value]
 
+    def expect(self, key: str, wanted: Any, default: Any = None) -> None:
+        """Take an option that can only have one value."""
+        if (value := self.take(key, default)) != wanted:
+            raise self.refuse(key, value)
+
     def done(self) -> None:
         """Whatever is left must be switched off; ``block_type`` "default" is the plain block."""
         for key, value in self.left.items():
@@ -67,8 +73,8 @@ def config_from_json(model: Mapping[str, Any]) -> ClipConfig:
     Raises :class:`UnknownOptionError` for what we do not have: other timm towers, Hugging Face text towers, attentional
     pooling (CoCa), normalised or scaled attention.
     """
-    top = _Options("top", model)
-    vision, text = _Options("vision_cfg", top.take("vision_cfg")), _Options("text_cfg", top.take("text_cfg"))
+    top = Options("top", model)
+    vision, text = Options("vision_cfg", top.take("vision_cfg")), Options("text_cfg", top.take("text_cfg"))
     quick: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"
     embed_dim, bias = top.take("embed_dim"), top.take("init_logit_bias")
     bias = None if bias is None else float(bias)
@@ -80,7 +86,7 @@ def config_from_json(model: Mapping[str, Any]) -> ClipConfig:
         tower = _resnet(vision)
     else:
         pool = {"pool": vision.choose("pool_type", "tok", {"tok": "class", "avg": "mean"})}
-        tower = _vit(vision, quick)
+        tower = vit(vision, quick)
     config = ClipConfig(
         vision=tower,
         text=_text(text, quick),
@@ -97,8 +103,8 @@ def config_from_json(model: Mapping[str, Any]) -> ClipConfig:
     return config
 
 
-def _vit(options: _Options, quick: Activation) -> VitConfig:
-    width, norm_eps = options.take("width", 768), _norm_eps(options)
+def vit(options: Options, quick: Activation) -> VitConfig:
+    width, eps = options.take("width", 768), norm_eps(options)
     options.choose("pos_embed_type", "learnable", {"learnable": None})
     tower = clip_vit(
         _square(options, "image_size", 224),
@@ -106,19 +112,19 @@ def _vit(options: _Options, quick: Activation) -> VitConfig:
         width,
         options.take("layers", 12),
         heads=width // options.take("head_width", 64),
-        activation=_activation(options, quick),
+        activation=activation(options, quick),
     )
     return replace(
         tower,
         mlp_ratio=options.take("mlp_ratio", 4.0),
-        norm_eps=norm_eps,
+        norm_eps=eps,
         norm_before=not options.take("no_ln_pre", False),
         norm_after=not options.take("final_ln_after_pool", False),
         layer_scale=options.take("ls_init_value"),
     )
 
 
-def _resnet(options: _Options) -> ResNetConfig:
+def _resnet(options: Options) -> ResNetConfig:
     """The ResNet takes its sizes only; the official code ignores every other entry."""
     width, layers = options.take("width", 64), options.take("layers")
     if len(layers) != 4:
@@ -129,7 +135,7 @@ def _resnet(options: _Options) -> ResNetConfig:
     return ResNetConfig(image, (layers[0], layers[1], layers[2], layers[3]), width, heads)
 
 
-def _timm_siglip(options: _Options) -> VitConfig:
+def _timm_siglip(options: Options) -> VitConfig:
     """SigLIP's ViT-B/16 of timm: no class token, biases everywhere, attention pooling, no projection."""
     name = options.take("timm_model_name")
     if not re.fullmatch(r"vit_base_patch16_siglip_\d+", name):
@@ -140,7 +146,7 @@ def _timm_siglip(options: _Options) -> VitConfig:
     return VitConfig(image=ImageInput(_square(options, "image_size", 224), half, half), class_token=False)
 
 
-def _text(options: _Options, quick: Activation) -> TextConfig:
+def _text(options: Options, quick: Activation) -> TextConfig:
     causal = not options.take("no_causal_mask", False)
     pool = options.choose("pool_type", "argmax", {p: p for p in ("argmax", "eos", "first", "last")})
     linear = "bias" if options.take("proj_bias", False) else "linear"
@@ -149,8 +155,8 @@ def _text(options: _Options, quick: Activation) -> TextConfig:
         depth=options.take("layers", 12),
         heads=options.take("heads", 8),
         mlp_ratio=options.take("mlp_ratio", 4.0),
-        norm_eps=_norm_eps(options),
-        activation=_activation(options, quick),
+        norm_eps=norm_eps(options),
+        activation=activation(options, quick),
         layer_scale=options.take("ls_init_value"),
         causal=causal,
         pool="end" if pool in ("argmax", "eos") else pool,
@@ -160,7 +166,7 @@ def _text(options: _Options, quick: Activation) -> TextConfig:
     )
 
 
-def _square(options: _Options, key: str, default: int) -> int:
+def _square(options: Options, key: str, default: int) -> int:
     value = options.take(key, default)
     sides = set(value) if isinstance(value, list | tuple) else {value}
     if len(sides) != 1:
@@ -168,7 +174,7 @@ def _square(options: _Options, key: str, default: int) -> int:
     return int(sides.pop())
 
 
-def _norm_eps(options: _Options) -> float:
+def norm_eps(options: Options) -> float:
     given = dict(options.take("norm_kwargs", {}))
     eps = float(given.pop("eps", 1e-5))
     if given:
@@ -176,7 +182,7 @@ def _norm_eps(options: _Options) -> float:
     return eps
 
 
-def _activation(options: _Options, quick: Activation) -> Activation:
+def activation(options: Options, quick: Activation) -> Activation:
     given = options.take("act_kwargs", {})
     if not given:
         return quick

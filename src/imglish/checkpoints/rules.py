@@ -11,6 +11,7 @@ A table reads like the correspondence it states. Names may hold placeholders: on
             ("layer.{i}.query.{leaf}", "layer.{i}.key.{leaf}", "layer.{i}.value.{leaf}"),
             "blocks.{i}.attn.qkv.{leaf}",
         ),
+        Cut("pool.in_proj_bias", ("pool.q.bias", "pool.kv.bias"), (1, 2)),  # q, then k and v
         Tie("cls.decoder.weight", "embeddings.weight"),
         Drop("embeddings.position_ids", "counts up from zero"),
         Fresh("itm_head.{leaf}", "the checkpoint was trained without ITM"),
@@ -63,6 +64,21 @@ class Rule:
     @cached_property
     def sources(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else self.source
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One ``source`` becomes several ``targets``: cut along dimension 0 in the proportion of ``shares``."""
+
+    source: str
+    targets: tuple[str, ...]
+    shares: tuple[int, ...]
+
+    def parts(self, whole: Tensor) -> tuple[Tensor, ...]:
+        unit, rest = divmod(whole.shape[0], sum(self.shares))
+        if rest:
+            raise ConversionError(f"{self.source}: {whole.shape[0]} rows cannot be divided {self.shares}")
+        return whole.split([unit * share for share in self.shares])
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ class _Pattern:
 class Table:
     """An ordered correspondence between the names of an official checkpoint and ours."""
 
-    def __init__(self, *rules: Rule | Drop | Tie | Fresh) -> None:
+    def __init__(self, *rules: Rule | Cut | Drop | Tie | Fresh) -> None:
         self.rules = rules
         self._sources = [
             (rule, [_Pattern(s) for s in (rule.sources if isinstance(rule, Rule) else (rule.source,))])
@@ -164,7 +180,11 @@ class Table:
         """The official state dict of our weights: the rules backwards; dropped and fresh names stay out."""
         official: dict[str, Tensor] = {}
         used = {name for name, _ in self._fresh(ours)}
+        for cut in (r for r in self.rules if isinstance(r, Cut)):
+            official |= _joined(cut, ours, used)
         for name, value in ours.items():
+            if name in used:
+                continue
             for rule in (r for r in self.rules if isinstance(r, Rule)):
                 values = _Pattern(rule.target).match(name)
                 if values is None:
@@ -202,6 +222,12 @@ class Table:
                 if first not in source or not _equal(source[first], value):
                     raise ConversionError(f"{name} should hold the same values as {first}, and does not")
                 report[name] = f"tied to {first}"
+            elif isinstance(rule, Cut):
+                for target, piece in zip(rule.targets, rule.parts(value), strict=True):
+                    key = _Pattern(target).write(values)
+                    if key in made or key in parts:
+                        raise ConversionError(f"{name} becomes {key}, which another name has become already")
+                    made[key] = piece
             else:
                 key = _Pattern(rule.target).write(values)
                 owner, pieces = parts.setdefault(key, (rule, [None] * len(rule.sources)))
@@ -216,7 +242,7 @@ class Table:
             made[key] = value if rule.transform is None else rule.transform.forward(value)
         return made, report, unknown
 
-    def _find(self, name: str) -> tuple[Rule | Drop | Tie, int, dict[str, str]] | None:
+    def _find(self, name: str) -> tuple[Rule | Cut | Drop | Tie, int, dict[str, str]] | None:
         for rule, patterns in self._sources:
             for number, pattern in enumerate(patterns):
                 if (values := pattern.match(name)) is not None:
@@ -226,6 +252,19 @@ class Table:
     def _fresh(self, names: Iterable[str]) -> list[tuple[str, str]]:
         fresh = [(_Pattern(rule.target), rule.reason) for rule in self.rules if isinstance(rule, Fresh)]
         return [(n, reason) for n in names for pattern, reason in fresh if pattern.match(n) is not None]
+
+
+def _joined(cut: Cut, ours: Mapping[str, Tensor], used: set[str]) -> dict[str, Tensor]:
+    """What ``cut`` has divided, joined again; its names are added to ``used``."""
+    official: dict[str, Tensor] = {}
+    first = _Pattern(cut.targets[0])
+    for values in (v for v in map(first.match, ours) if v is not None):
+        names = [_Pattern(target).write(values) for target in cut.targets]
+        if absent := [name for name in names if name not in ours]:
+            raise ConversionError(f"{names[0]} without {', '.join(absent)}: both come from {cut.source}")
+        official[_Pattern(cut.source).write(values)] = torch.cat([ours[name] for name in names])
+        used.update(names)
+    return official
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
