@@ -22,7 +22,7 @@ OPENCLIP = cases("openclip")
 MODELS = [path for path in OPENCLIP if "parameters" in Case(path).meta]
 LOSSES = [path for path in OPENCLIP if "world_size" in Case(path).meta.get("config", {})]
 RESIZED = [path for path in OPENCLIP if "target" in Case(path).meta]
-SIZES = sorted(golden_root().rglob("openclip-*.json"))
+SIZES = sorted(path for path in golden_root().rglob("openclip-*.json") if "coca" not in path.stem)
 
 
 def custom_text(case: Case) -> bool:
@@ -168,8 +168,6 @@ NAMED = {
 def test_published_state_dicts(path: Path) -> None:
     """Every name and shape of the published sizes, and the number of parameters."""
     listed = json.loads(path.read_text())
-    if listed["model"] not in NAMED:
-        pytest.skip(f"no configuration is named after {listed['model']} yet")
     config = CONFIGS[NAMED[listed["model"]]]()
     with torch.device("meta"):
         model = config.build()

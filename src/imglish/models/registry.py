@@ -8,12 +8,13 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from imglish.models import albef, beit, blip, clip, dvae, vilt, vlmo, vqkd
+from imglish.models import albef, beit, blip, clip, coca, dvae, vilt, vlmo, vqkd
 
 Config = (
     albef.AlbefConfig
     | blip.BlipConfig
     | clip.ClipConfig
+    | coca.CocaConfig
     | vilt.ViltConfig
     | vlmo.VlmoConfig
     | dvae.DVaeConfig
@@ -25,6 +26,7 @@ FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "clip": (clip.ClipConfig, clip.Clip),
     "albef": (albef.AlbefConfig, albef.Albef),
     "blip": (blip.BlipConfig, blip.Blip),
+    "coca": (coca.CocaConfig, coca.Coca),
     "beit": (beit.BeitConfig, beit.Beit),
     "vilt": (vilt.ViltConfig, vilt.Vilt),
     "vlmo": (vlmo.VlmoConfig, vlmo.Vlmo),
@@ -35,6 +37,7 @@ CONFIGS: dict[str, Callable[[], Config]] = {
     **clip.CONFIGS,
     **albef.CONFIGS,
     **blip.CONFIGS,
+    **coca.CONFIGS,
     **beit.CONFIGS,
     **vilt.CONFIGS,
     **vlmo.CONFIGS,
