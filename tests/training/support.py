@@ -32,6 +32,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_length": 16,
         "teacher": {"queue_size": 20, "momentum": 0.9, "ramp_epochs": 1.0},
     },
+    "blip": {
+        "name": "blip-tiny",
+        "vision": {"image": {"size": SIZE}, "width": 32, "depth": 1, "heads": 2},
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "hidden": 64,
+        "embed_dim": 16,
+        "max_length": 20,
+        "teacher": {"queue_size": 20, "momentum": 0.9, "ramp_epochs": 1.0},
+    },
     "clip": {
         "name": "clip-tiny",
         "vision": {"image": {"size": SIZE}, "width": 32, "depth": 1, "heads": 2},
