@@ -85,7 +85,7 @@ class PairDataset:
     def __init__(
         self,
         records: Sequence[Record],
-        transform: ImageTransform | AspectTransform,
+        transform: ImageTransform | AspectTransform | None,
         tokenizer: Tokenizer | None,
         *,
         captions: Literal["one", "all"] | int = "one",
@@ -94,7 +94,7 @@ class PairDataset:
         prompt: str = "",
         mlm: MaskConfig | None = None,
         mim: PatchMaskConfig | None = None,
-        patch: int = 16,
+        patch: int | None = None,
         swapped: bool = False,
         cache: bool = False,
         detail: Detail = "good",
@@ -113,10 +113,10 @@ class PairDataset:
         if self.captions > 1 and (swapped or mlm is not None):
             raise ValueError("masked and swapped texts go with one caption a picture: set captions to one or all")
         counts = caption_counts(records)
-        if not counts.all():
+        if tokenizer is not None and not counts.all():
             raise ValueError(f"{records[int(counts.argmin())].key} has no caption")
         most = int(counts.max())
-        if not 1 <= self.captions <= most:
+        if tokenizer is not None and not 1 <= self.captions <= most:
             raise ValueError(f"{self.captions} captions a picture are wanted, the records have up to {most}")
         self.records = records
         self.transform = transform
@@ -126,12 +126,16 @@ class PairDataset:
         self.prompt = prompt
         self.mlm = mlm
         self.mim = mim
-        self.grid = (transform.size // patch, transform.size // patch)
+        if (transform is None) == (regions is None):
+            raise ValueError("pictures need a transform, regions have none")
+        if mim is not None and (patch is None or transform is None):
+            raise ValueError("masked pictures need the size of a patch, and pixels")
+        self.grid = (0, 0) if transform is None or patch is None else (transform.size // patch, transform.size // patch)
         self.swapped = swapped
         self.detail: Detail = detail
         self.augment = augment
         self.regions = regions
-        self.cache = PictureCache(len(records), transform.cache_size) if cache else None
+        self.cache = PictureCache(len(records), transform.cache_size) if cache and transform is not None else None
         self._starts = np.concatenate([[0], np.cumsum(counts)]) if captions == "all" else None  # items of each record
         self._epoch = EpochItems.of(parts(records), self._starts)
 
@@ -201,28 +205,32 @@ class PairDataset:
         record = self.records[number]
         if self.regions is not None:
             return self.regions[record.key]
-        picture, original = self._picture(number, where)
+        transform = self.transform
+        assert transform is not None
+        picture, original = self._picture(number, transform, where)
         rng = stream(*where, Purpose.IMAGE)
-        may_flip = not any(map(mentions_side, record.captions)) if self.transform.flip else False
-        pixels = self.transform(picture, rng, may_flip=may_flip, original=original)
+        may_flip = not any(map(mentions_side, record.captions)) if transform.flip else False
+        pixels = transform(picture, rng, may_flip=may_flip, original=original)
         if self.augment is not None:
             pixels = self.augment(pixels, stream(*where, Purpose.AUGMENT))
-        return self.transform.cut(pixels, rng) if isinstance(self.transform, AspectTransform) else pixels
+        return transform.cut(pixels, rng) if isinstance(transform, AspectTransform) else pixels
 
-    def _picture(self, number: int, where: tuple[int, int, int]) -> tuple[Image.Image, tuple[int, int]]:
+    def _picture(
+        self, number: int, transform: ImageTransform | AspectTransform, where: tuple[int, int, int]
+    ) -> tuple[Image.Image, tuple[int, int]]:
         """The picture, squashed for the cache or decoded at the size that this epoch's crop needs, and its own (width,
         height)."""
         record = self.records[number]
         if self.cache is None:
 
             def needed(width: int, height: int) -> tuple[float, float]:
-                return self.transform.least(width, height, stream(*where, Purpose.IMAGE))
+                return transform.least(width, height, stream(*where, Purpose.IMAGE))
 
             return decode_sized(record.image, needed, detail=self.detail, name=record.key)
         if (kept := self.cache.get(number)) is None:
-            side = self.transform.cache_size
+            side = transform.cache_size
             picture, size = decode_sized(record.image, side, detail=self.detail, name=record.key)
-            self.cache.put(number, self.transform.squashed(picture), size)
+            self.cache.put(number, transform.squashed(picture), size)
             kept = self.cache.get(number)
         assert kept is not None
         return kept

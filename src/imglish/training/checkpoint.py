@@ -21,6 +21,8 @@ FREE = (
     "output",
     "data.train",
     "data.images",
+    "data.source.max_errors",
+    "data.source.index",
     "data.workers",
     "data.cache",
     "batch.accumulate",

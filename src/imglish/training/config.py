@@ -10,6 +10,7 @@ from typing import Any, Literal
 from imglish.data.augment import PolicyName, policy
 from imglish.data.images import Detail
 from imglish.data.patch_masks import PatchMaskConfig
+from imglish.data.sources import SourceOptions
 from imglish.data.text import CaptionStyle
 from imglish.training.settings import SettingsError, fill, read_mapping
 
@@ -28,8 +29,9 @@ def _positive(key: str, value: float | None) -> None:
 class DataRecipe:
     """Where the pairs come from and how they are prepared.
 
-    train: JSONL or CSV file (see `docs/train.md`), None when records are given in Python; images: folder that its paths
-    are relative to; split: take only records of this split; captions: an epoch shows every picture once with "one" of
+    train: file, folder or URL of any layout (see `docs/data.md`), None when records are given in Python; images: folder
+    that the names of pictures are relative to; split: take only records of this split; source: how the data are read:
+    layout, fields, language, share of errors; captions: an epoch shows every picture once with "one" of
     its captions, or with that many of them at once (a number; the picture is encoded once for all of them), or "all"
     captions, one at a time; workers: processes that decode pictures (0: the training process itself); cache: keep
     decoded pictures in memory; crop: smallest area share of the random crop (None: the whole picture); flip: mirror
@@ -38,12 +40,13 @@ class DataRecipe:
     so-many-th pair of a batch becomes a mixture with the next one (the paper: 4); clean: captions as the "albef" or the "blip"
     code cleans them, with at most ``max_words`` words, in validation too; masking, whole_word: of the MLM objective;
     swapped: use the wrong captions that the records hold as further ITM negatives; patches: how pictures are masked for
-    masked image modelling.
+    masked image modelling; regions: file with the regions of the pictures, for models that read these (docs/data.md).
     """
 
     train: str | None = None
     images: str | None = None
     split: str | None = None
+    source: SourceOptions = field(default_factory=SourceOptions)
     captions: Literal["one", "all"] | int = "one"
     workers: int = 2
     cache: bool = False
@@ -59,6 +62,7 @@ class DataRecipe:
     whole_word: bool = False
     swapped: bool = False
     patches: PatchMaskConfig = field(default_factory=PatchMaskConfig)
+    regions: str | None = None
 
     def __post_init__(self) -> None:
         _between("workers", self.workers, 0, 256)
@@ -186,16 +190,19 @@ class CheckpointRecipe:
 
 @dataclass(frozen=True)
 class ValidationRecipe:
-    """Retrieval on held-out pairs while training. data: file (None: no validation, or records given in Python); images,
-    split: as in ``data``; every: epochs between two (may be a fraction); limit: only the first so many pictures;
-    rerank: candidates that the fusion tower rescores (0: towers alone)."""
+    """Retrieval on held-out pairs while training. data: file, folder or URL (None: no validation, or records given in
+    Python); images, split, source: as in ``data``; every: epochs between two (may be a fraction); limit: only the first
+    so many pictures; rerank: candidates that the fusion tower rescores (0: towers alone; a model without towers reads
+    every pair, so ``limit`` has to keep them few); regions: as in ``data``."""
 
     data: str | None = None
     images: str | None = None
     split: str | None = None
+    source: SourceOptions = field(default_factory=SourceOptions)
     every: float = 1.0
     limit: int | None = None
     rerank: int = 0
+    regions: str | None = None
 
     def __post_init__(self) -> None:
         _positive("every", self.every)

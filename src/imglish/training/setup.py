@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import tokenizers
 import torch
@@ -16,9 +16,13 @@ from torch import nn
 from imglish.checkpoints.native import CheckpointError, Loaded, load
 from imglish.data.augment import policy
 from imglish.data.dataset import PairDataset
+from imglish.data.errors import DataError
 from imglish.data.masking import MaskConfig
 from imglish.data.mixgen import MixGen
-from imglish.data.records import Record, RecordError, read_records
+from imglish.data.records import Record
+from imglish.data.regions import RegionFile, RegionFileError
+from imglish.data.sources import Needs, SourceConfig, open_source
+from imglish.data.sources.base import digest
 from imglish.data.text import clean_caption
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
@@ -51,10 +55,7 @@ class Materials:
     @property
     def digest(self) -> str:
         """A short digest of keys and captions of the training records: the place in the data belongs to these."""
-        digest = hashlib.blake2b(digest_size=16)
-        for record in self.records:
-            digest.update(repr((record.key, record.captions, record.swapped)).encode())
-        return digest.hexdigest()
+        return digest(self.records)
 
 
 def gather_materials(
@@ -62,14 +63,18 @@ def gather_materials(
     records: Sequence[Record] | None,
     validation: Sequence[Record] | None,
     resumed: dict[str, Any] | None,
+    errors_file: Path | None = None,
 ) -> Materials:
     """Read the data, make or load the tokenizer, settle the configuration. ``resumed``: a checkpoint, whose tokenizer
-    is then used as it is."""
+    is then used as it is. ``errors_file``: takes what cannot be used of the data."""
     base, loaded = base_config(recipe)
-    train = read_pairs(recipe, "data") if records is None else records
+    needs: Needs = "pairs" if registry.reads_texts(base) else "images"
+    train = read_source(recipe, "data", needs, errors_file) if records is None else records
     if not train:
         raise SettingsError("data.train", "there are no training records")
-    held_out = (read_pairs(recipe, "validation") if validation is None else validation)[: recipe.validation.limit]
+    if validation is None:
+        validation = read_source(recipe, "validation", needs, errors_file)
+    held_out = validation[: recipe.validation.limit]
     if recipe.data.clean != "none":
         held_out = [_cleaned(record, recipe.data) for record in held_out]
     start = loaded.model if loaded is not None else None
@@ -137,20 +142,22 @@ def make_teacher(model: nn.Module, materials: Materials) -> Any:
         raise SettingsError("targets", str(error)) from error
 
 
-def read_pairs(recipe: Recipe, group: str) -> list[Record]:
+def read_source(
+    recipe: Recipe, group: Literal["data", "validation"], needs: Needs = "pairs", errors_file: Path | None = None
+) -> Sequence[Record]:
     """Records of the recipe's ``data`` or ``validation``."""
-    if group == "data":
-        path, key, images, split = recipe.data.train, "data.train", recipe.data.images, recipe.data.split
-    else:
-        held_out = recipe.validation
-        path, key, images, split = held_out.data, "validation.data", held_out.images, held_out.split
-        if path is None:
-            return []
+    key = "data.train" if group == "data" else "validation.data"
+    wanted = recipe.data if group == "data" else recipe.validation
+    path = recipe.data.train if group == "data" else recipe.validation.data
     if path is None:
-        raise SettingsError(key, "names no file; give a JSONL or CSV of pictures and captions")
+        if group == "validation":
+            return []
+        raise SettingsError(key, "names no data; give a file or folder of pictures and captions (docs/data.md)")
+    options = {name.name: getattr(wanted.source, name.name) for name in dataclasses.fields(wanted.source)}
+    config = SourceConfig(path=path, images=wanted.images, split=wanted.split, needs=needs, **options)
     try:
-        return read_records(path, images, split=split)
-    except (RecordError, OSError) as error:
+        return open_source(config, errors_file=errors_file)
+    except DataError as error:
         raise SettingsError(key, str(error)) from error
 
 
@@ -218,7 +225,7 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
             captions=data.captions,
             mlm=MaskConfig(data.masking, data.whole_word) if masks else None,
             mim=data.patches if mim else None,
-            patch=materials.config.patch if mim else materials.config.image.size,
+            patch=materials.config.patch if mim else None,
             clean=data.clean,
             max_words=data.max_words,
             prompt=getattr(materials.config, "prompt", ""),
@@ -226,9 +233,21 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
             cache=data.cache,
             detail=data.decode,
             augment=policy(data.augment, data.magnitude) if data.augment is not None else None,
+            regions=region_file(recipe, "data") if transform is None else None,
         )
     except ValueError as error:
         raise SettingsError("data", str(error)) from error
+
+
+def region_file(recipe: Recipe, group: Literal["data", "validation"]) -> RegionFile:
+    """The region file of the recipe's ``data`` or ``validation``, for a model that reads regions."""
+    path = recipe.data.regions if group == "data" else recipe.validation.regions
+    if path is None:
+        raise SettingsError(f"{group}.regions", "this model reads the regions of a detector: name a region file")
+    try:
+        return RegionFile(path)
+    except RegionFileError as error:
+        raise SettingsError(f"{group}.regions", str(error)) from error
 
 
 def mixtures(recipe: Recipe, materials: Materials) -> MixGen | None:

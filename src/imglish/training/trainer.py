@@ -18,6 +18,8 @@ from imglish import atomic
 from imglish.checkpoints.native import export, load_weights
 from imglish.data.batch import Batch
 from imglish.data.dataset import PairDataset
+from imglish.data.errors import FILE as ERRORS
+from imglish.data.errors import Errors
 from imglish.data.loader import Position, training_batches
 from imglish.data.records import Record
 from imglish.objectives.gather import rank, world_size
@@ -49,7 +51,7 @@ from imglish.training.setup import (
 )
 from imglish.training.signals import Interrupted, StopSignal
 from imglish.training.step import Stepper, StepSettings
-from imglish.training.validation import validate
+from imglish.training.validation import check_validation, validate
 
 GRADIENT = "gradient norm"
 
@@ -97,7 +99,9 @@ def check(recipe: Recipe) -> list[str]:
     materials = gather_materials(recipe, None, None, None)
     dataset = pair_dataset(recipe, materials)
     found = plan(recipe, len(dataset), queue_size=_queue_size(materials.config))
-    parameters = sum(p.numel() for p in new_model(materials, recipe.seed).parameters())
+    model = new_model(materials, recipe.seed)
+    check_validation(model, materials, recipe)
+    parameters = sum(p.numel() for p in model.parameters())
     return [
         f"{parameters / 1e6:.1f} M parameters, {materials.config.vocab_size} tokens",
         f"{len(dataset)} training pairs, {len(materials.validation)} validation pictures",
@@ -129,7 +133,10 @@ class Run:
         # ---- what was here before, and what there is to work with ----
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", recipe.checkpoint.keep)
         resumed = self.checkpoints.load(self._newest_step())
-        self.materials: Materials = gather_materials(recipe, records, validation, resumed)
+        errors_file = self.folder / (ERRORS if rank() == 0 else f"errors-{rank()}.csv")
+        self.errors = Errors(recipe.data.source.max_errors, errors_file)
+        first = errors_file if rank() == 0 else None  # all processes read the same data
+        self.materials: Materials = gather_materials(recipe, records, validation, resumed, first)
         self.digest = self.materials.digest
         if resumed is not None:
             require_same(resumed, recipe.to_dict(), self.digest, self.checkpoints.folder)
@@ -140,6 +147,7 @@ class Run:
         self.model: nn.Module = new_model(self.materials, recipe.seed).to(device).train()
         if recipe.optimiser.only is not None:
             train_only(self.model, recipe.optimiser.only)
+        check_validation(self.model, self.materials, recipe)
         self.teacher = make_teacher(self.model, self.materials)
         self.clamp: Callable[[], None] = getattr(self.model, "clamp_", lambda: None)  # temperatures, after each step
         self.average = None if recipe.average is None else WeightAverage(self.model, recipe.average)
@@ -275,11 +283,14 @@ class Run:
             "waiting_for_data": interval.waited / seconds,
             "seconds": self._elapsed(),
         }
+        if len(self.errors):
+            entry["unreadable"] = dict(self.errors.counts)
         if self.device.type == "cuda":
             entry["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.journal.write("step", self.step, **entry)
         self.journal.show(means)
-        chance = interval.chance(self.recipe.batch.size, self.teacher)
+        pairs = getattr(self.model, "itm_pairs", (1, 2))  # matching and other ones a picture: ALBEF's, or its own
+        chance = interval.chance(self.recipe.batch.size, self.teacher, pairs)
         for alarm in self.learning.look(self.step, means, chance, metrics):
             self.journal.write("alarm", self.step, kind=alarm.kind, text=alarm.text)
             self.journal.say(f"ALARM at step {self.step}: {alarm.text}")
@@ -366,6 +377,7 @@ class Run:
             rank=rank(),
             world_size=world_size(),
             workers=workers,
+            errors=self.errors,
             mixgen=mixtures(self.recipe, self.materials),
         )
 

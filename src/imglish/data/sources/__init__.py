@@ -16,7 +16,7 @@ from imglish.data.errors import DataError, Errors
 from imglish.data.sources.arrow import open_arrow, open_parquet
 from imglish.data.sources.base import Source
 from imglish.data.sources.coco import is_coco, is_karpathy, open_coco, open_karpathy
-from imglish.data.sources.config import Kind, Needs, SourceConfig
+from imglish.data.sources.config import Kind, Needs, SourceConfig, SourceOptions
 from imglish.data.sources.files import DAMAGED_GZIP, exists, is_folder, is_remote, join, names_in, opened
 from imglish.data.sources.folder import METADATA, open_folder
 from imglish.data.sources.lines import open_lines
@@ -25,7 +25,7 @@ from imglish.data.sources.rows import CELLS, LINES, read_json, suffix
 from imglish.data.sources.table import open_table
 from imglish.data.sources.tar_index import open_tars
 
-__all__ = ["Kind", "Needs", "Source", "SourceConfig", "kind_of", "open_source"]
+__all__ = ["Kind", "Needs", "Source", "SourceConfig", "SourceOptions", "kind_of", "open_source"]
 
 _ENDINGS: dict[str, Kind] = {
     **dict.fromkeys((*LINES, *CELLS), "table"),
@@ -55,7 +55,9 @@ def open_source(source: str | Path | SourceConfig, *, errors_file: Path | None =
     settings: of :class:`SourceConfig`, by name. errors_file: CSV that names what cannot be used, beside the log and the
     source's ``errors``. Raises :class:`DataError` where nothing can be read or too much is unusable.
     """
-    config = replace(source, **settings) if isinstance(source, SourceConfig) else SourceConfig(str(source), **settings)
+    config = (
+        replace(source, **settings) if isinstance(source, SourceConfig) else SourceConfig(path=str(source), **settings)
+    )
     return _open(config, Errors(config.max_errors, errors_file, "records"))
 
 
