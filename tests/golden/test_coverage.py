@@ -20,13 +20,13 @@ CHECKED = {
     "test_coca.py": ("coca-",),
     "test_beit_masks.py": ("beit-mask",),
     "test_beit.py": ("beit-mim",),
+    "test_beit3.py": ("beit3-",),
     "test_vilt.py": ("vilt-",),
 }
 WAITING = {
     "albef-": "ALBEF's heads for VQA, NLVR2 and visual entailment",
     "blip-": "BLIP's heads for VQA and NLVR2",
     "vlmo-": "VLMo's heads for VQA and NLVR2",
-    "beit3-": "BEiT-3",
 }
 
 

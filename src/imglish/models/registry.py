@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from imglish.models import albef, beit, blip, clip, coca, dvae, vilt, vlmo, vqkd
+from imglish.models import albef, beit, beit3, blip, clip, coca, dvae, vilt, vlmo, vqkd
 
 Config = (
     albef.AlbefConfig
@@ -20,6 +20,7 @@ Config = (
     | dvae.DVaeConfig
     | vqkd.VqKdConfig
     | beit.BeitConfig
+    | beit3.Beit3Config
 )
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
@@ -30,6 +31,7 @@ FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "beit": (beit.BeitConfig, beit.Beit),
     "vilt": (vilt.ViltConfig, vilt.Vilt),
     "vlmo": (vlmo.VlmoConfig, vlmo.Vlmo),
+    "beit3": (beit3.Beit3Config, beit3.Beit3),
     "dvae": (dvae.DVaeConfig, dvae.DVae),
     "vqkd": (vqkd.VqKdConfig, vqkd.VqKd),
 }
@@ -41,6 +43,7 @@ CONFIGS: dict[str, Callable[[], Config]] = {
     **beit.CONFIGS,
     **vilt.CONFIGS,
     **vlmo.CONFIGS,
+    **beit3.CONFIGS,
     **dvae.CONFIGS,
     **vqkd.CONFIGS,
 }

@@ -441,8 +441,14 @@ class ExpertBlock(nn.Module):
         bias: added to the attention's scores, one ``(heads or 1, L, L)`` for each of ``packing.groups``, see
         :func:`attend_groups`: relative positions (:mod:`imglish.nn.relative`), or a mask (:func:`prefix_causal`).
         """
+        q, k, v = self.attn.project(x_TD, packing, read)
+        return self.finish(x_TD, attend_groups(q, k, v, packing, bias, read), packing, read)
+
+    def finish(self, x_TD: Tensor, mixed_MHd: Tensor, packing: Packing, read: Read | None = None) -> Tensor:
+        """What comes after the attention: ``mixed (M, heads, head_dim)``, attended to by the caller from the queries,
+        keys and values of ``attn.project`` (captioning, whose texts share the picture), -> ``(M, D)``."""
         kept, after = (x_TD, packing) if read is None else (x_TD[read.index], read.packing)
-        x = kept + self._drop(self.scale1(self.attn(x_TD, packing, bias, read)), after)
+        x = kept + self._drop(self.scale1(self.attn.merge(mixed_MHd, after)), after)
         return x + self._drop(self.scale2(self.ffn(x, after)), after)
 
     def _drop(self, branch: Tensor, packing: Packing) -> Tensor:

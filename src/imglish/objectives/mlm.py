@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,3 +23,22 @@ def mlm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = Non
         soft = torch.softmax(teacher_logits.float(), dim=1)
         total = (1 - alpha) * total - alpha * (F.log_softmax(logits, dim=1) * soft).sum()
     return global_mean(total, labels.shape[0])
+
+
+def smoothed_mlm_loss(logits: Tensor, labels: Tensor, smoothing: float, drop_worst: float = 0.0) -> Tensor:
+    """Divergence from targets of which ``smoothing`` is spread over the other words, mean over masked positions.
+
+    logits: ``(M, V)``; labels: int64 ``(M,)``. Zero is a perfect prediction of these targets: their entropy is taken
+    off, as BEiT-3's captioning does. drop_worst: leave out this share of the positions, those of largest loss (of this
+    rank), which are often wrong captions. The mean is over the positions of all ranks.
+    """
+    others = logits.shape[1] - 1
+    log_p = F.log_softmax(logits.float(), dim=1)
+    right = log_p.gather(1, labels[:, None])[:, 0]
+    each = -(1 - smoothing) * right
+    if smoothing > 0:
+        each = each - smoothing / others * (log_p.sum(1) - right)
+        each = each + (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(smoothing / others)
+    if drop_worst > 0:
+        each = each.topk(int(labels.shape[0] * (1 - drop_worst)), largest=False).values
+    return global_mean(each.sum(), each.shape[0])

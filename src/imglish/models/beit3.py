@@ -1,0 +1,411 @@
+"""BEiT-3 (Wang et al. 2023, "Image as a Foreign Language"): one Multiway Transformer, one task, masked data modelling.
+
+    pictures alone   [MASK] patches -----------> codes of a visual tokenizer
+    texts alone      [MASK] tokens ------------> the tokens
+    pairs            both, side by side -------> both, each with the help of the other
+
+All three kinds lie in one buffer of tokens and pass the layers together. As published the layers are ``released``
+(attention, norms and feed-forward of each modality apart; sub-LayerNorm), in the paper they share the attention and
+have vision-language experts on top: two settings of :class:`imglish.models.multiway.MultiwayConfig`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imglish.data.batch import Batch, PatchMasks, TextBatch
+from imglish.models.beit import HALF, token_rows
+from imglish.models.capabilities import Embedded, EncodedImages, EncodedTexts, ImageMemory
+from imglish.models.captioning import CaptionForm, CaptionState
+from imglish.models.multiway import Multiway, MultiwayConfig, init_multiway
+from imglish.models.visual_codes import CodeTeacher
+from imglish.models.vit import ImageInput
+from imglish.nn.attention import Memory, attend
+from imglish.nn.experts import ExpertBlock, Packing, Read
+from imglish.nn.prefix import attend_after, causal_mask, own_keys
+from imglish.nn.segments import Segments, upload_index
+from imglish.objectives.codes import mim_loss
+from imglish.objectives.itc import itc_loss
+from imglish.objectives.mlm import mlm_loss, smoothed_mlm_loss
+
+Output = Literal["mlm", "mim", "itc"]
+
+
+@dataclass(frozen=True)
+class Beit3Config(MultiwayConfig):
+    """Sizes of the body, heads and objective.
+
+    outputs: which heads exist: over words, over visual codes, projections for the contrast; objective: what ``losses``
+    trains: masked data modelling ("mdm"), the contrast ("itc"), or captioning by masked tokens ("captions"). codes:
+    vocabulary of the visual tokenizer; mask_id: the token [MASK], which captions are decoded by; label_smoothing: of
+    captioning; drop_worst: share of the masked tokens of a captioning batch whose loss is largest, left out
+    (fine-tuning drops 0.2 of them late, against wrong captions).
+    """
+
+    codes: int = 8192
+    mask_id: int = 64001
+    outputs: tuple[Output, ...] = ("mlm", "mim", "itc")
+    objective: Literal["mdm", "itc", "captions"] = "mdm"
+    temperature: float = 0.07
+    label_smoothing: float = 0.1
+    drop_worst: float = 0.0
+
+    family: ClassVar[str] = "beit3"
+
+    @property
+    def mlm(self) -> bool:
+        """Whether the objective needs masked texts."""
+        return self.objective != "itc"
+
+    @property
+    def mim(self) -> bool:
+        """Whether the objective needs masked patches."""
+        return self.objective == "mdm"
+
+    @property
+    def masks_end(self) -> bool:
+        """Whether the closing token is masked and predicted too: how captions learn to end."""
+        return self.objective == "captions"
+
+    @property
+    def several_captions(self) -> bool:
+        """Captioning reads a picture once for all its captions."""
+        return self.objective == "captions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.drop_worst < 1:
+            raise ValueError(f"drop_worst is {self.drop_worst}, a share between 0 and 1")
+        needed: dict[str, tuple[Output, ...]] = {"mdm": ("mlm", "mim"), "itc": ("itc",), "captions": ("mlm",)}
+        if lacking := [head for head in needed[self.objective] if head not in self.outputs]:
+            raise ValueError(f"objective {self.objective} needs the heads {', '.join(lacking)}: add them to outputs")
+
+    def build(self) -> Beit3:
+        return Beit3(self)
+
+
+class Beit3(nn.Module):
+    """Encodes pictures and texts, fills masks of both, writes captions; ``losses`` is one training step."""
+
+    family = "beit3"
+
+    def __init__(self, config: Beit3Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.body = Multiway(config)
+        self.mlm_head = nn.Linear(width, config.vocab_size) if "mlm" in config.outputs else None
+        self.mim_head = nn.Linear(width, config.codes) if "mim" in config.outputs else None
+        self.image_proj = nn.Linear(width, width, bias=False) if "itc" in config.outputs else None
+        self.text_proj = nn.Linear(width, width, bias=False) if "itc" in config.outputs else None
+        self.logit_scale = (
+            nn.Parameter(torch.tensor(-math.log(config.temperature))) if "itc" in config.outputs else None
+        )
+        for head in (self.mlm_head, self.mim_head, self.image_proj, self.text_proj):
+            if head is not None:
+                init_multiway(head, width)
+
+    @property
+    def learns_from(self) -> str | None:
+        """What ``targets`` of a recipe has to name: masked data modelling predicts codes of a visual tokenizer."""
+        return "a visual tokenizer (dvae, vqkd)" if self.config.objective == "mdm" else None
+
+    def make_teacher(self, tokenizer: nn.Module | None = None) -> CodeTeacher | None:
+        """The frozen visual tokenizer whose codes are to be predicted; None for the other objectives."""
+        return CodeTeacher(tokenizer, self.config.codes) if self.config.objective == "mdm" else None
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep the logit scale at most 100, as CLIP does."""
+        if self.logit_scale is not None:
+            self.logit_scale.clamp_(max=math.log(100))
+
+    # ---- encoders -------------------------------------------------------------------------------------------------
+
+    def encode_images(self, images: Tensor) -> EncodedImages:
+        """``(B, 3, H, W)`` uint8 or normalised -> features ``(B, D)`` (``(B, 0)`` without the heads for the contrast)
+        and input rows ``(B, L, D)``, with which pairs and captions begin."""
+        tokens = self.body.picture_rows(images)
+        if self.image_proj is None:
+            return EncodedImages(tokens.new_zeros(len(tokens), 0), tokens)
+        packing = Packing(image=Segments.equal(tokens.shape[0], tokens.shape[1]))
+        states = self.body.transform(tokens.flatten(0, 1), packing, Read.first(packing, tokens.device))
+        return EncodedImages(_features(self.image_proj, states), tokens)
+
+    def encode_texts(self, texts: TextBatch) -> EncodedTexts:
+        """Packed texts -> features ``(N, D)`` (``(N, 0)`` without the heads for the contrast) and input rows."""
+        rows = self.body.text_rows(texts)
+        if self.text_proj is None:
+            return EncodedTexts(rows.new_zeros(len(texts), 0), texts.segments, rows)
+        packing = Packing(text=texts.segments)
+        states = self.body.transform(rows, packing, Read.first(packing, rows.device))
+        return EncodedTexts(_features(self.text_proj, states), texts.segments, rows)
+
+    def encode_pairs(self, images: Tensor, texts: TextBatch) -> Tensor:
+        """Picture b beside text b: states of the class token and of the text's first token, ``(B, 2, D)``."""
+        return self.body.pairs(self.body.picture_rows(images), self.body.text_rows(texts), texts.segments)
+
+    # ---- captions -------------------------------------------------------------------------------------------------
+
+    def caption_form(self) -> CaptionForm:
+        """One position is kept for the [MASK] behind the last token."""
+        return CaptionForm(longest=self.config.max_length - 1)
+
+    def start_captions(self, images: EncodedImages, room: int) -> CaptionState:
+        """The pictures pass the layers here, once; what texts look at later are their keys and values."""
+        assert isinstance(images.tokens, Tensor)
+        segments = Segments.equal(*images.tokens.shape[:2])
+        packing = Packing(fused_image=segments, fused_text=Segments((0,) * segments.count))
+        rows, layers = images.tokens.flatten(0, 1), []
+        for block in self._blocks:
+            q, k, v = block.attn.project(rows, packing)
+            layers.append((k, v))
+            rows = block.finish(rows, attend(q, k, v, segments, segments), packing)
+        return CaptionState.begin(ImageMemory(tuple(layers), segments), len(layers), room + 1)
+
+    def continue_captions(self, state: CaptionState, texts: TextBatch) -> Tensor:
+        """Append ``texts`` and a [MASK] to each sequence; logits ``(N, V)`` of the [MASK], which is then forgotten."""
+        assert self.mlm_head is not None
+        device, given = texts.ids.device, texts.segments
+        segments = Segments.of(length + 1 for length in given.lengths)
+        masked = texts.ids.new_full((segments.total,), self.config.mask_id)
+        ids = masked.index_copy(0, _shifted(given, device), texts.ids)
+        step = state.cache.extend(segments, device)
+        packing = Packing(fused_image=Segments((0,) * segments.count), fused_text=segments)
+        rows = self.body.text_rows(TextBatch(ids, segments), step.positions)
+        for layer, (block, picture) in enumerate(zip(self._blocks, state.memories(), strict=True)):
+            q, k, v = block.attn.project(rows, packing)
+            keys, values = step.cache.write(layer, k, v, step)
+            rows = block.finish(rows, attend_after(q, segments, picture, keys, values, step.mask), packing)
+        state.cache.forget(1)
+        one = Packing(fused_image=Segments((0,) * segments.count), fused_text=Segments.equal(segments.count, 1))
+        logits: Tensor = self.mlm_head(self.body.normed(rows[segments.ends(device)], one))
+        return logits
+
+    def fill_caption_masks(
+        self, images: Tensor, texts: TextBatch, index: Tensor, counts: tuple[int, ...], captions: int = 1
+    ) -> Tensor:
+        """Logits over words ``(M, V)`` where captions are masked, texts causal, pictures seeing pictures only.
+
+        texts: ``captions`` of them for each picture, tokens masked; index, counts: the M rows to be predicted. The
+        picture passes the layers once for all its captions.
+        """
+        assert self.mlm_head is not None
+        pictures = self.body.picture_rows(images)
+        device, segments, many = images.device, texts.segments, Segments.equal(len(images), captions)
+        image = Segments.equal(*pictures.shape[:2])
+        packing = Packing(fused_image=image, fused_text=_of_pictures(segments, captions))
+        kept = Segments(counts)
+        nothing = Segments((0,) * len(images))
+        read = Read(index + image.total, Packing(fused_image=nothing, fused_text=_of_pictures(kept, captions)))
+        rows = torch.cat([pictures.flatten(0, 1), self.body.text_rows(texts)])
+        mask = causal_mask(segments, device)
+        for block in self._blocks[:-1]:
+            q, k, v = block.attn.project(rows, packing)
+            (q_i, q_t), (k_i, k_t), (v_i, v_t) = (x.split([image.total, segments.total]) for x in (q, k, v))
+            seen = Memory(k_i, v_i, image, many)
+            on_text = attend_after(q_t, segments, seen, own_keys(k_t, segments), own_keys(v_t, segments), mask)
+            rows = block.finish(rows, torch.cat([attend(q_i, k_i, v_i, image, image), on_text]), packing)
+        block = self._blocks[-1]
+        q, k, v = block.attn.project(rows, packing, read)
+        (k_i, k_t), (v_i, v_t) = (x.split([image.total, segments.total]) for x in (k, v))
+        mask = causal_mask(segments, device, kept, index)
+        seen = Memory(k_i, v_i, image, many)
+        mixed = attend_after(q, kept, seen, own_keys(k_t, segments), own_keys(v_t, segments), mask)
+        states = self.body.normed(block.finish(rows, mixed, packing, read), read.packing)
+        logits: Tensor = self.mlm_head(states)
+        return logits
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, batch: Batch, teacher: CodeTeacher | None = None, feature_grads: Embedded | None = None
+    ) -> dict[str, Tensor]:
+        return self.losses(batch, teacher, feature_grads)
+
+    def losses(
+        self, batch: Batch, teacher: CodeTeacher | None = None, feature_grads: Embedded | None = None
+    ) -> dict[str, Tensor]:
+        """One training step of the configured objective. ``feature_grads``: gradients with respect to the features,
+        in place of the contrastive loss."""
+        if self.config.objective == "mdm":
+            return self._masked_data(batch, teacher)
+        if self.config.objective == "captions":
+            return self._captions(batch)
+        embedded = self.embed(batch)
+        return self.contrast(embedded) if feature_grads is None else embedded.surrogate(feature_grads)
+
+    def embed(self, batch: Batch, teacher: CodeTeacher | None = None) -> Embedded:
+        """Features of pictures and texts, in one packed pass; ``(B, 0)`` where the objective is another one."""
+        if self.config.objective != "itc":
+            nothing = torch.zeros(len(batch), 0, device=batch.image_ids.device)
+            return Embedded(nothing, nothing, batch.image_ids)
+        assert self.image_proj is not None
+        assert self.text_proj is not None
+        pictures, rows = self.body.picture_rows(batch.squares), self.body.text_rows(batch.texts)
+        packing = Packing(image=Segments.equal(*pictures.shape[:2]), text=batch.texts.segments)
+        rows = torch.cat([pictures.flatten(0, 1), rows])
+        states = self.body.transform(rows, packing, Read.first(packing, rows.device))
+        image, text = states.split([len(pictures), len(batch.texts)])
+        return Embedded(_features(self.image_proj, image), _features(self.text_proj, text), batch.image_ids)
+
+    def contrast(self, embedded: Embedded, teacher: CodeTeacher | None = None) -> dict[str, Tensor]:
+        """Contrast of pictures and texts over the batch of all ranks, the stage between pre-training and retrieval."""
+        if self.config.objective != "itc" or self.logit_scale is None:
+            return {}
+        scale = self.logit_scale.exp()
+        loss = itc_loss(embedded.image, embedded.text, scale, embedded.image_ids)
+        return {"itc": loss, "metric/logit_scale": scale.detach()}
+
+    def _masked_data(self, batch: Batch, teacher: CodeTeacher | None) -> dict[str, Tensor]:
+        """Masked data modelling (section 2.2): pictures, texts and pairs in one buffer, one pass, masked rows read.
+
+        The pairs come with masks of both sides; ``batch.unpaired`` may add pictures and texts alone.
+        """
+        if teacher is None or batch.patches is None or batch.masked is None:
+            raise ValueError("masked data modelling needs a tokenizer's codes, masked patches and masked texts")
+        assert self.mim_head is not None
+        assert self.mlm_head is not None
+        alone, images, patches = batch.unpaired, batch.squares, batch.patches
+        ids, index = [batch.masked.ids], [batch.masked.rows]
+        none = Segments(())
+        words, word_counts, extra = none, none, none
+        if alone is not None:
+            images, patches = torch.cat([alone.images, images]), _joined(alone.patches, patches)
+            words, word_counts = alone.texts.segments, Segments(alone.masked.counts)
+            ids.append(alone.masked.ids)
+            index.append(alone.masked.rows + batch.texts.segments.total)
+            extra = Segments.equal(len(alone.images), self.config.tokens)
+        fused = Segments.equal(len(batch), self.config.tokens)
+        packing = Packing(extra, fused, batch.texts.segments, words)
+        pictures = self.body.picture_rows(images, patches).flatten(0, 1)
+        texts = self.body.text_rows(TextBatch(torch.cat(ids), batch.texts.segments + words))
+        read = Read(
+            torch.cat([token_rows(patches), torch.cat(index) + pictures.shape[0]]),
+            Packing(
+                Segments(patches.counts[: extra.count]),
+                Segments(patches.counts[extra.count :]),
+                Segments(batch.masked.counts),
+                word_counts,
+            ),
+        )
+        states = self.body.transform(torch.cat([pictures, texts]), packing, read)
+        sizes = [stretch.total for stretch in read.packing.stretches]
+        on_codes = self.mim_head(states[: sizes[0] + sizes[1]])
+        on_words = self.mlm_head(states[sizes[0] + sizes[1] :])
+        codes = teacher.codes(images, (self.config.grid, self.config.grid)).flatten()[patches.rows]
+        losses = {
+            "pair_mim": mim_loss(on_codes[sizes[0] :], codes[sizes[0] :]),
+            "pair_mlm": mlm_loss(on_words[: sizes[2]], batch.masked.labels),
+            "metric/mim_accuracy": (on_codes.argmax(1) == codes).float().mean().detach(),
+        }
+        if alone is not None:
+            losses["mim"] = mim_loss(on_codes[: sizes[0]], codes[: sizes[0]])
+            losses["mlm"] = mlm_loss(on_words[sizes[2] :], alone.masked.labels)
+        return losses
+
+    def _captions(self, batch: Batch) -> dict[str, Tensor]:
+        if batch.masked is None:
+            raise ValueError("captioning is learned from masked texts: the loader makes them")
+        masked, config = batch.masked, self.config
+        texts = TextBatch(masked.ids, batch.texts.segments)
+        logits = self.fill_caption_masks(batch.squares, texts, masked.rows, masked.counts, batch.captions)
+        accuracy = (logits.argmax(1) == masked.labels).float().mean()
+        loss = smoothed_mlm_loss(logits, masked.labels, config.label_smoothing, config.drop_worst)
+        return {"caption": loss, "metric/caption_accuracy": accuracy.detach()}
+
+    @property
+    def _blocks(self) -> tuple[ExpertBlock, ...]:
+        return cast(tuple[ExpertBlock, ...], tuple(self.body.blocks))
+
+
+def _features(head: nn.Module, rows: Tensor) -> Tensor:
+    return F.normalize(head(rows).float(), dim=-1)
+
+
+def _of_pictures(texts: Segments, captions: int) -> Segments:
+    """Rows a text, added up to rows a picture."""
+    if captions == 1:
+        return texts
+    return Segments.of(np.asarray(texts.lengths, dtype=np.int64).reshape(-1, captions).sum(1))
+
+
+def _shifted(segments: Segments, device: torch.device) -> Tensor:
+    """Places of packed rows when every sequence gets one more row at its end, int64 ``(T,)``."""
+    where = np.arange(segments.total) + np.repeat(np.arange(segments.count), segments.lengths)
+    return upload_index(where, device)
+
+
+def _joined(first: PatchMasks, second: PatchMasks) -> PatchMasks:
+    """Masks of the pictures of both, those of ``first`` before."""
+    start = len(first.counts) * first.patches
+    return PatchMasks(torch.cat([first.rows, second.rows + start]), first.counts + second.counts, first.patches)
+
+
+def beit3_base() -> Beit3Config:
+    """The released base model."""
+    return Beit3Config()
+
+
+def beit3_large() -> Beit3Config:
+    """The released large model."""
+    return Beit3Config(width=1024, depth=24, heads=16, hidden=4096)
+
+
+def beit3_giant() -> Beit3Config:
+    """The model of the paper (table 2): shared attention, vision-language experts in the top 3 of 40 layers."""
+    image = ImageInput(224, HALF, HALF)
+    return Beit3Config(image, patch=14, width=1408, depth=40, heads=16, hidden=6144, attention="shared", fused_layers=3)
+
+
+def beit3_small() -> Beit3Config:
+    """For thousands of real photographs and CPUs; 5 x 5 patches, 512 codes."""
+    return Beit3Config(
+        ImageInput(80, HALF, HALF),
+        vocab_size=4000,
+        max_length=64,
+        codes=512,
+        width=192,
+        depth=4,
+        heads=3,
+        hidden=768,
+        drop_path=0.0,
+    )
+
+
+def beit3_tiny() -> Beit3Config:
+    """For tests."""
+    return Beit3Config(
+        ImageInput(48, HALF, HALF),
+        patch=8,
+        vocab_size=500,
+        max_length=48,
+        codes=64,
+        width=64,
+        depth=3,
+        heads=4,
+        hidden=256,
+        drop_path=0.0,
+    )
+
+
+def beit3_tiny_paper() -> Beit3Config:
+    """For tests, built as in the paper."""
+    return replace(beit3_tiny(), attention="shared", fused_layers=1)
+
+
+CONFIGS = {
+    "beit3-base": beit3_base,
+    "beit3-large": beit3_large,
+    "beit3-giant": beit3_giant,
+    "beit3-small": beit3_small,
+    "beit3-tiny": beit3_tiny,
+    "beit3-tiny-paper": beit3_tiny_paper,
+}
