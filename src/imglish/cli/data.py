@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 JOBS = {
+    "inspect": ("imglish.cli.data_inspect", "count, look for duplicates, leaks and broken items, and write a page"),
+    "shard": ("imglish.cli.data_shard", "write data of any layout as tar shards"),
     "scenes": ("imglish.cli.data_scenes", "draw pictures of dressed people, with captions, to a folder"),
 }
 
