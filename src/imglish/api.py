@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from imglish.checkpoints import native
 from imglish.data.batch import TextBatch
 from imglish.data.images import decode
-from imglish.data.patches import Patches
+from imglish.data.pictures import Picture as PictureForm
 from imglish.data.pictures import picture_of, stack
+from imglish.data.regions import Regions
 from imglish.data.tokenizers import Tokenizer
 from imglish.evaluation.rerank import pair_scores
 from imglish.generation.config import CAPTIONS
@@ -46,8 +47,8 @@ from imglish.models.capabilities import (
 )
 from imglish.nn.segments import Ragged
 
-Picture = str | Path | bytes | Image.Image
-"""A file, the bytes of one, or a PIL image."""
+Picture = str | Path | bytes | Image.Image | Regions
+"""A file, the bytes of one, or a PIL image; for a model that reads regions, those of a picture."""
 
 BATCH = 32  # pictures or texts that pass a tower at a time
 PAIRS = 256  # pairs that pass the fusion at a time
@@ -206,7 +207,11 @@ class Model:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def _pixels(self, picture: Picture) -> Tensor | Patches:
+    def _pixels(self, picture: Picture) -> PictureForm:
+        if isinstance(picture, Regions):
+            return picture
+        if self._transform is None:
+            raise TypeError("this model reads the regions of a detector: give imglish.data.regions.Regions")
         source = Path(picture) if isinstance(picture, str) else picture
         return picture_of(self._transform(decode(source)), self._transform)
 
@@ -271,6 +276,8 @@ def _name(picture: Picture) -> str:
     """Of a file its path, else a digest of what it holds: random numbers of sampling depend on it."""
     if isinstance(picture, (str, Path)):
         return str(picture)
+    if isinstance(picture, Regions):
+        return blake2b(picture.features.float().numpy().tobytes()).hexdigest()
     return blake2b(picture if isinstance(picture, bytes) else picture.tobytes()).hexdigest()
 
 

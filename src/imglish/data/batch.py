@@ -40,16 +40,23 @@ class MaskedTexts:
     """The texts of a batch with tokens masked for MLM, row for row beside :class:`TextBatch`.
 
     ids: int64 ``(T,)``; rows: int64 ``(M,)`` row numbers whose token is to be predicted, ascending;
-    labels: int64 ``(M,)`` the original tokens; counts: how many of the M lie in each text (host).
+    labels: int64 ``(M,)`` the original tokens; counts: how many of the M lie in each text (host); mean_count: where
+    this is one of several parts of a batch, how many masked tokens a part has on average.
     """
 
     ids: Tensor
     rows: Tensor
     labels: Tensor
     counts: tuple[int, ...]
+    mean_count: float | None = None
+
+    @property
+    def count(self) -> float:
+        """M; of one of several parts their mean, so that means over masked tokens add up to the whole's."""
+        return sum(self.counts) if self.mean_count is None else self.mean_count
 
     def map(self, move: Callable[[Tensor], Tensor]) -> MaskedTexts:
-        return MaskedTexts(move(self.ids), move(self.rows), move(self.labels), self.counts)
+        return replace(self, ids=move(self.ids), rows=move(self.rows), labels=move(self.labels))
 
 
 @dataclass(frozen=True)

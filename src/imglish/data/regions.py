@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imglish.data.images import ImageError
+from imglish.data.records import Record
 from imglish.nn.segments import Segments
 
 
@@ -109,6 +110,11 @@ class RegionFile:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+def region_loader(file: RegionFile) -> Callable[[Record], Regions]:
+    """A function that gives a record's regions, for evaluation."""
+    return lambda record: file[record.key]
 
 
 def write_regions(path: str | Path, pictures: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> None:

@@ -278,6 +278,8 @@ def _loader(
     if transform is None:
         config: Any = model.config
         transform = config.image.transform()
+    if transform is None:
+        raise ValueError("this model reads the regions of a detector: pass transform=region_loader(RegionFile(path))")
     return picture_loader(transform) if isinstance(transform, (ImageTransform, AspectTransform)) else transform
 
 

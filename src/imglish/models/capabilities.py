@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from imglish.data.batch import Batch, TextBatch
+from imglish.data.batch import Batch, MaskedTexts, TextBatch
 from imglish.nn.segments import Ragged, Segments
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ImageMemory:
     sequences in one Transformer keeps one layer ``((rows,),)``: the picture's input embeddings ``(S, D)``.
     """
 
-    layers: tuple[tuple[Tensor, ...], ...]
+    layers: Sequence[tuple[Tensor, ...]]
     segments: Segments
 
 
@@ -173,6 +173,16 @@ class Captions(Protocol):
         reorders between two calls (``state.select``). Called under ``torch.no_grad`` in ``eval()`` mode; logits may be
         of any floating type, V may exceed the tokenizer's vocabulary. No finished sequence and no padding is ever fed.
         """
+        ...
+
+
+@runtime_checkable
+class FillsMasks(Protocol):
+    """Predicts masked words of a text that looks at a picture."""
+
+    def fill_masks(self, tokens: Any, masked: MaskedTexts, segments: Segments) -> Tensor:
+        """Logits ``(M, V)`` of the masked rows; text b (``segments``) looks at picture b of ``tokens``, which are as
+        the model gave them."""
         ...
 
 

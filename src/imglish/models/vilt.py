@@ -61,6 +61,7 @@ class ViltConfig:
     one_forward: bool = False
 
     family: ClassVar[str] = "vilt"
+    closing_token: ClassVar[bool] = True  # the last token of a text stands for none of its words
 
     def __post_init__(self) -> None:
         if self.wpa and not self.itm:
@@ -107,7 +108,7 @@ class Vilt(nn.Module):
     """Matches pairs and fills masks; ``losses`` is one training step."""
 
     family = "vilt"
-    itm_negatives = 1  # for every matching pair of a batch, on average
+    itm_pairs = (0.5, 0.5)  # matching and other ones for each picture of a batch, on average
 
     def __init__(self, config: ViltConfig) -> None:
         super().__init__()
@@ -215,7 +216,8 @@ class Vilt(nn.Module):
         losses: dict[str, Tensor] = {}
         if config.mlm and not config.one_forward:
             masked = _masked(batch)
-            losses["mlm"] = mlm_loss(self.fill_masks(pictures, masked, batch.texts.segments), masked.labels)
+            logits = self.fill_masks(pictures, masked, batch.texts.segments)
+            losses["mlm"] = mlm_loss(logits, masked.labels, count=masked.count)
         if wrong is not None:
             losses |= self._match_step(batch, pictures, wrong.numpy())
         return losses

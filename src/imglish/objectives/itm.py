@@ -47,7 +47,7 @@ def itm_loss(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
     return (each * counted).sum() / counted.sum().clamp(min=1)
 
 
-def itm_prior_entropy(negatives: int, positives: int = 1) -> float:
+def itm_prior_entropy(negatives: float, positives: float = 1) -> float:
     """Loss (nats) of a matcher that has learned nothing but the share of positives: 0.6365 at one to two.
 
     A loss that stays there is the classic failure of ITM training.

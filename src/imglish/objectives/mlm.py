@@ -11,10 +11,17 @@ from torch import Tensor
 from imglish.objectives.gather import global_mean
 
 
-def mlm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+def mlm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None = None,
+    alpha: float = 0.0,
+    count: float | None = None,
+) -> Tensor:
     """(1 - alpha) cross-entropy + alpha soft cross-entropy to the teacher, both means over masked positions.
 
-    logits, teacher_logits: ``(M, V)``; labels: int64 ``(M,)``. The mean is over the masked positions of all ranks, so
+    logits, teacher_logits: ``(M, V)``; labels: int64 ``(M,)``; count: what to divide by (default M; for one of several
+    parts of a batch, the mean of their M). The mean is over the masked positions of all ranks, so
     that gradients do not depend on how the batch is divided. M may be zero.
     """
     logits = logits.float()
@@ -22,7 +29,7 @@ def mlm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = Non
     if teacher_logits is not None and alpha > 0:
         soft = torch.softmax(teacher_logits.float(), dim=1)
         total = (1 - alpha) * total - alpha * (F.log_softmax(logits, dim=1) * soft).sum()
-    return global_mean(total, labels.shape[0])
+    return global_mean(total, labels.shape[0] if count is None else count)
 
 
 def smoothed_mlm_loss(logits: Tensor, labels: Tensor, smoothing: float, drop_worst: float = 0.0) -> Tensor:

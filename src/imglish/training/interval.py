@@ -47,9 +47,13 @@ class Interval:
         values = mean_over_ranks(self._sums / self.steps).tolist()
         return dict(zip(self._names, values, strict=True))
 
-    def chance(self, batch_size: int, teacher: Any) -> Chance:
-        """Losses of a model that has learned nothing, for ``batch_size`` pictures and this teacher's queue."""
+    def chance(self, batch_size: int, teacher: Any, itm_pairs: tuple[float, float] = (1, 2)) -> Chance:
+        """Losses of a model that has learned nothing, for ``batch_size`` pictures and this teacher's queue.
+
+        itm_pairs: matching and other pairs that the ITM sees of each picture, beside a wrong caption of the data.
+        """
         queue = getattr(teacher, "queue", None)
         candidates = batch_size + (queue.filled if queue is not None else 0)
         itc = (itc_chance(candidates) + itc_chance(candidates * self.captions)) / 2  # among pictures, among texts
-        return Chance(itc, itm_prior_entropy(negatives=3 if self.swapped else 2))
+        positives, negatives = itm_pairs
+        return Chance(itc, itm_prior_entropy(negatives + self.swapped, positives))

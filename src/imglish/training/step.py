@@ -32,7 +32,8 @@ SURROGATE = "itc"  # name under which `Embedded.surrogate` stands among the loss
 def split(batch: Batch, parts: int) -> list[Batch]:
     """``batch`` (on the host or a device) as ``parts`` batches of equal size; packed rows are cut as views.
 
-    Every part knows how many text tokens a part has on average, so that means over tokens are those of the whole.
+    Every part knows how many text tokens, and masked ones, a part has on average, so that means over tokens are those
+    of the whole.
     """
     if parts == 1:
         return [batch]
@@ -60,7 +61,10 @@ def _part(batch: Batch, pairs: slice) -> Batch:
 
 def _masked(masked: MaskedTexts, segments: Segments, texts: slice) -> MaskedTexts:
     rows, some = _rows(segments, texts), _counted(masked.counts, texts)
-    return MaskedTexts(masked.ids[rows], masked.rows[some] - rows.start, masked.labels[some], masked.counts[texts])
+    mean = masked.count * (texts.stop - texts.start) / max(len(masked.counts), 1)
+    return MaskedTexts(
+        masked.ids[rows], masked.rows[some] - rows.start, masked.labels[some], masked.counts[texts], mean
+    )
 
 
 def _patches(masks: PatchMasks, pictures: slice) -> PatchMasks:
