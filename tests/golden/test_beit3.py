@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from imglish.checkpoints import beit3 as official
 from imglish.checkpoints.rules import Rule, Table
 from imglish.data.batch import Batch, PatchMasks, TextBatch
 from imglish.evaluation.metrics import recalls
+from imglish.generation.beam import BeamRule, search
+from imglish.generation.config import GenerationConfig
 from imglish.models.beit import HALF
-from imglish.models.beit3 import Beit3, Beit3Config
+from imglish.models.beit3 import Beit3, Beit3Config, beit3_base, beit3_large
 from imglish.models.beit3_heads import Beit3Classifier, Beit3Nlvr2, Beit3Vqa
 from imglish.models.multiway import Multiway
 from imglish.models.vit import ImageInput
@@ -23,8 +26,10 @@ from imglish.nn.experts import Packing
 from imglish.nn.segments import Segments
 from imglish.objectives.itc import itc_loss
 from imglish.objectives.mlm import smoothed_mlm_loss
-from tests.golden.support import Case, cases, check, check_grad_norms, official_gradients
-from tests.golden.test_beit import masks_of
+from imglish.training.config import OptimiserRecipe, ScheduleRecipe
+from imglish.training.optim import build_optimiser, layer_rates, learning_rate, set_learning_rate
+from tests.golden.support import Case, cases, check, check_grad_norms, golden_root, official_gradients
+from tests.golden.test_beit import masks_of, state_dict_of
 from tests.ranks import run_ranks
 
 
@@ -291,6 +296,121 @@ def test_captioning(path: Path) -> None:
     target = {name: value.double() for name, value in model.state_dict().items()}
     gradients = official_gradients(lambda numbers: official.convert(numbers, target).state, shapes, model)
     check_grad_norms(case, case.grad_norms, gradients)
+
+
+PUBLISHED_BEIT3 = BeamRule(prompt_counts=True)  # its lengths count the start token and one [MASK] at the end
+
+
+@pytest.mark.parametrize("path", cases("beit3-captioning"), ids=lambda p: p.name)
+def test_captions_by_masked_decoding(path: Path) -> None:
+    case = Case(path)
+    given, ids = case.meta["generation"], case.meta["generation"]["ids"]
+    model = config_of(case, "mlm", objective="captions").build().eval()
+    model.load_state_dict(official.convert(case.weights(), model.state_dict()).state)
+    prompts = [[ids["cls"]]] * len(case.inputs["image"])
+    for beams in given["num_beams"]:
+        config = GenerationConfig(beams=beams, max_length=given["max_len"], length_penalty=given["length_penalty"])
+        with torch.no_grad():
+            state = model.start_captions(model.encode_images(case.inputs["image"]), config.max_length)
+            logits = model.continue_captions(state, TextBatch.of(prompts))
+            found = search(model, state, logits, prompts, ids["sep"], config, PUBLISHED_BEIT3)
+        for (text,), row in zip([texts[:1] for texts in found], case.outputs[f"generate.beams{beams}"], strict=True):
+            words = row[1 : row.tolist().index(ids["mask"])].tolist()
+            cut = len(words) + 3 == given["max_len"]  # start, [MASK], end: officially the last token is lost then
+            assert list(text.ids)[: len(words)] == words
+            assert len(text.ids) in (len(words), len(words) + cut)
+
+
+@pytest.mark.parametrize("path", cases("beit3-train5"), ids=lambda p: p.name)
+def test_five_steps(path: Path) -> None:
+    case = Case(path)
+    given = case.meta["train"]
+    model = load(case, config_of(case).build(), retrieval_table())
+    recipe = OptimiserRecipe(
+        lr=given["lr"],
+        betas=tuple(given["betas"]),
+        eps=given["eps"],
+        weight_decay=given["weight_decay"],
+        layer_decay=given["layer_decay"],
+        clip_norm=given["clip"],
+    )
+    optimiser = build_optimiser(model, recipe)
+    scales = layer_rates(model, given["layer_decay"])
+    named = {id(p): name for name, p in model.named_parameters()}
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            assert group["scale"] == pytest.approx(scales.get(named[id(parameter)], 1.0))
+    theirs = {g["lr_scale"] for g in case.meta["optimizer_groups"]["groups"]}
+    assert {round(s, 9) for s in scales.values()} == {round(s, 9) for s in theirs}
+    total, warmup = given["total_iterations"], given["warmup_steps"]
+    schedule = ScheduleRecipe(steps=total, warmup_steps=warmup - 1, lr_min=given["min_lr"])
+    batch, losses = batch_of(case.inputs["image"], texts_of(case)), []
+    for step in range(len(case.outputs["loss_per_step"])):
+        lr = learning_rate(step - 1, total, given["lr"], schedule)
+        assert lr == pytest.approx(float(case.outputs["lr_schedule"][step]), abs=1e-12)
+        set_learning_rate(optimiser, lr)
+        assert isinstance(model, Beit3)
+        loss = model.losses(batch)["itc"]
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.detach())
+    torch.testing.assert_close(torch.stack(losses), case.outputs["loss_per_step"], rtol=1e-3, atol=1e-4)
+    after, begun = retrieval_table().revert(model.state_dict()), case.weights()
+    for name, value in after.items():
+        if "embed_positions" in name:  # rows that nothing reads are not in our model
+            value[: official.UNREAD] = begun[name][: official.UNREAD]
+        if "k_proj" not in name or not name.endswith("bias"):  # their gradient is rounding noise
+            assert float(value.norm()) == pytest.approx(case.meta["parameter_norm_after"][name], rel=1e-3), name
+    for name in (n for n in case.outputs if n.startswith("after.")):
+        mine = after[name.removeprefix("after.")]
+        torch.testing.assert_close(mine, case.outputs[name].reshape(mine.shape), rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("path", cases("beit3-cosine"), ids=lambda p: p.name)
+def test_schedule(path: Path) -> None:
+    """Officially the first step has the starting rate itself: the same curve as ours, a step later."""
+    case = Case(path)
+    for name, given in case.config.items():
+        total = given["epochs"] * given["niter_per_ep"]
+        warmup = given.get("warmup_steps", 0) or given.get("warmup_epochs", 0) * given["niter_per_ep"]
+        later = 1 if warmup else 0
+        schedule = ScheduleRecipe(
+            steps=total,
+            warmup_steps=max(0, warmup - 1),
+            lr_min=given["final_value"],
+            lr_start=given.get("start_warmup_value", 0.0),
+            shape=given.get("sched_type", "cosine"),
+        )
+        ours = [learning_rate(step - later, total, given["base_value"], schedule) for step in range(total)]
+        torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), case.outputs[name], rtol=1e-9, atol=1e-12)
+
+
+def sized(name: str) -> Beit3Config:
+    """The configuration of a published model by the words of its name."""
+    config = beit3_large() if "large" in name else beit3_base()
+    size = int(name.split("patch16_")[1].split("_")[0])
+    return replace(config, image=replace(config.image, size=size))
+
+
+@pytest.mark.parametrize("path", sorted(golden_root().rglob("param-shapes/beit3_*.json")), ids=lambda p: p.stem)
+def test_published_sizes(path: Path) -> None:
+    listed = json.loads(path.read_text())
+    config, task = sized(listed["model"]), listed["model"].rsplit("_", 1)[1]
+    with torch.device("meta"):
+        weights = {str(name): torch.empty(shape) for name, shape, *_ in state_dict_of(listed)}
+        model, table = {
+            "retrieval": lambda: (replace(config, outputs=("itc",), objective="itc").build(), retrieval_table()),
+            "captioning": lambda: (replace(config, outputs=("mlm",), objective="captions").build(), official.table()),
+            "vqav2": lambda: (Beit3Vqa(config), official.vqa_table()),
+            "nlvr2": lambda: (Beit3Nlvr2(config), official.nlvr2_table()),
+            "imageclassification": lambda: (Beit3Classifier(config), official.imagenet_table()),
+        }[task]()
+        converted = table.convert(weights, model.state_dict())
+        assert not converted.report
+        assert set(table.revert(converted.state)) == set(weights)
+    unread = 2 * official.UNREAD * config.width  # two rows of each of the two position tables
+    assert sum(p.numel() for p in model.parameters()) + unread == listed["parameter_count"]
 
 
 @pytest.mark.parametrize("path", cases("beit3-posembed"), ids=lambda p: p.name)

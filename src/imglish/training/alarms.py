@@ -140,8 +140,8 @@ class LearningWatch:
         if step < self._from or usage is None or usage >= LEAST_USAGE:
             return []
         text = (
-            f"the visual tokenizer uses {usage:.1%} of its codebook (perplexity of the chosen codes over their number): "
-            "few codes stand for everything, and masked image modelling on them would learn little. Fewer codes, more "
+            f"the visual tokenizer uses {usage:.1%} of its codebook (perplexity of the codes, over their number): few "
+            "codes stand for everything, and masked image modelling on them would learn little. Fewer codes, more "
             "pictures, or model.restart (VQ-KD) and a larger model.kl_weight (discrete VAE) help."
         )
         return [Alarm("codebook-collapse", text)]

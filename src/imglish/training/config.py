@@ -39,7 +39,8 @@ class DataRecipe:
     ("good"), or "fast"; augment: RandAugment of a paper, at another ``magnitude`` than its own; mixgen: every
     so-many-th pair of a batch becomes a mixture with the next one (the paper: 4); clean: captions as the "albef" or the "blip"
     code cleans them, with at most ``max_words`` words, in validation too; masking, whole_word: of the MLM objective;
-    swapped: use the wrong captions that the records hold as further ITM negatives; patches: how pictures are masked for
+    swapped: use the wrong captions that the records hold as further ITM negatives; texts_only: train on the texts
+    alone, no picture is read; patches: how pictures are masked for
     masked image modelling; regions: file with the regions of the pictures, for models that read these (docs/data.md).
     """
 
@@ -61,6 +62,7 @@ class DataRecipe:
     masking: float = 0.15
     whole_word: bool = False
     swapped: bool = False
+    texts_only: bool = False
     patches: PatchMaskConfig = field(default_factory=PatchMaskConfig)
     regions: str | None = None
 
@@ -113,8 +115,9 @@ class BatchRecipe:
 class OptimiserRecipe:
     """AdamW. lr: highest learning rate; temperature_lr: that of temperatures and logit scales (None: the same), whose
     steps must stay small beside their value, a few hundredths in ALBEF; only: names of the parameters that are trained,
-    with * for any part, all others stay as they are (None: all are trained); decay_embeddings: also decay embedding
-    tables and positions (as published); clip_norm: largest norm of the gradient (None: not clipped)."""
+    with * for any part, all others stay as they are (None: all are trained); layer_decay: each layer learns at this
+    share of the rate of the layer above it (BEiT; fine-tuning); decay_embeddings: also decay embedding tables and
+    positions (as published); clip_norm: largest norm of the gradient (None: not clipped)."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.98)
@@ -124,6 +127,7 @@ class OptimiserRecipe:
     clip_norm: float | None = 1.0
     temperature_lr: float | None = None
     only: tuple[str, ...] | None = None
+    layer_decay: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.lr <= 0.1:
@@ -137,17 +141,21 @@ class OptimiserRecipe:
         _positive("temperature_lr", self.temperature_lr)
         _between("weight_decay", self.weight_decay, 0, 1)
         _positive("clip_norm", self.clip_norm)
+        if self.layer_decay is not None:
+            _between("layer_decay", self.layer_decay, 0.01, 1)
 
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """Length of the run in ``epochs`` or in ``steps`` (give one); linear warm-up over ``warmup_steps``, then half a
-    cosine down to ``lr_min``."""
+    """Length of the run in ``epochs`` or in ``steps`` (give one); linear warm-up from ``lr_start`` over
+    ``warmup_steps``, then ``shape``, half a cosine or a line, down to ``lr_min``."""
 
     epochs: float | None = None
     steps: int | None = None
     warmup_steps: int = 100
     lr_min: float = 1e-6
+    lr_start: float = 0.0
+    shape: Literal["cosine", "linear"] = "cosine"
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -157,6 +165,7 @@ class ScheduleRecipe:
         _positive("steps", self.steps)
         _between("warmup_steps", self.warmup_steps, 0, 10_000_000)
         _between("lr_min", self.lr_min, 0, 0.1)
+        _between("lr_start", self.lr_start, 0, 0.1)
 
 
 @dataclass(frozen=True)
@@ -224,10 +233,11 @@ class LogRecipe:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. ``model``: ``name`` of a configuration, or ``init``, an exported checkpoint to start from; and any
-    setting of the model's configuration, at any depth (``teacher: {alpha: 0.2}``). ``targets``: exported model that it
-    learns from: a visual tokenizer (BEiT, BEiT-3), or one whose image tower is distilled (VQ-KD). ``output``: folder of
-    the run.
-    ``average``: decay of a moving average of the weights, which is then validated and exported (None: no average)."""
+    setting of the model's configuration, at any depth (``teacher: {alpha: 0.2}``); ``start``, beside a name: an
+    exported model of an earlier stage, whose weights are taken as far as they have a place (docs/train.md).
+    ``targets``: exported model that it learns from: a visual tokenizer (BEiT, BEiT-3), or one whose image tower is
+    distilled (VQ-KD). ``output``: folder of the run. ``average``: decay of a moving average of the weights, which is
+    then validated and exported (None: no average)."""
 
     model: dict[str, Any] = field(default_factory=dict)
     targets: str | None = None

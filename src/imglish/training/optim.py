@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from imglish.training.config import OptimiserRecipe, ScheduleRecipe
 from imglish.training.settings import SettingsError
+
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_EMBEDDINGS = ("embed", "words", "position", "token", "types", "relative")
 
 
 def train_only(model: nn.Module, patterns: Sequence[str]) -> int:
@@ -31,7 +35,8 @@ def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str
 
     Without: biases, norms and everything else of at most one dimension (class tokens stored flat); embedding tables
     and position tables too unless ``decay_embeddings``. Temperatures (0-D) are not decayed and have a rate of their
-    own. A shared parameter appears once. ``scale``: factor of the group's learning rate.
+    own. A shared parameter appears once. ``scale``: factor of the group's learning rate; with ``layer_decay`` the
+    groups are divided further, by layer.
     """
     tables = {
         id(parameter)
@@ -39,26 +44,41 @@ def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str
         for parameter in module.parameters(recurse=False)
         if isinstance(module, nn.Embedding)
     }
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    temperatures: list[nn.Parameter] = []
+    rates = layer_rates(model, recipe.layer_decay) if recipe.layer_decay is not None else {}
+    temperature = (recipe.temperature_lr or recipe.lr) / recipe.lr
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.dim() == 0:
-            temperatures.append(parameter)
+            groups.setdefault((0.0, temperature), []).append(parameter)
             continue
         table = id(parameter) in tables or "position" in name.rpartition(".")[2]
         keep = (
             parameter.dim() < 2 or parameter.numel() == max(parameter.shape) or (table and not recipe.decay_embeddings)
         )
-        (plain if keep else decayed).append(parameter)
-    groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": recipe.weight_decay, "scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "scale": 1.0},
-        {"params": temperatures, "weight_decay": 0.0, "scale": (recipe.temperature_lr or recipe.lr) / recipe.lr},
-    ]
-    return [group for group in groups if group["params"]]
+        kind = (0.0 if keep else recipe.weight_decay, rates.get(name, 1.0))
+        groups.setdefault(kind, []).append(parameter)
+    return [{"params": those, "weight_decay": decay, "scale": scale} for (decay, scale), those in groups.items()]
+
+
+def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
+    """Factor of the learning rate for each parameter by its layer: heads and final norms 1, the last block ``decay``,
+    the one below it its square, and so on; embeddings lie below the first block.
+
+    For models of one stack of blocks, ``blocks`` (BEiT, BEiT-3, VLMo); others raise :class:`SettingsError`.
+    """
+    found = [(name, _BLOCK.search(name)) for name, _ in model.named_parameters()]
+    numbers = [int(match.group(1)) for _, match in found if match is not None]
+    if not numbers or len({name[: match.start()] for name, match in found if match is not None}) > 1:
+        raise SettingsError("optimiser.layer_decay", "this model has no single stack of blocks; leave the setting out")
+    top = max(numbers) + 1
+    rates = {}
+    for name, match in found:
+        below = any(part in name for part in _EMBEDDINGS)
+        layer = int(match.group(1)) + 1 if match is not None else (0 if below else top + 1)
+        rates[name] = decay ** (top + 1 - layer)
+    return rates
 
 
 def build_optimiser(model: nn.Module, recipe: OptimiserRecipe) -> torch.optim.AdamW:
@@ -85,13 +105,14 @@ def load_optimiser_state(
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleRecipe) -> float:
-    """Of step number ``step`` (from 0) in a run of ``steps``: linear warm-up from peak / warm-up, then half a cosine
-    that ends at ``lr_min`` in the last step."""
+    """Of step number ``step`` (from 0) in a run of ``steps``: linear warm-up that has left ``lr_start`` in the first
+    step, then half a cosine or a line that ends at ``lr_min`` in the last one."""
     warmup = schedule.warmup_steps
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return schedule.lr_start + (peak - schedule.lr_start) * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
-    return schedule.lr_min + (peak - schedule.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if schedule.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return schedule.lr_min + (peak - schedule.lr_min) * left
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
