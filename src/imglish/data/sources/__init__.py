@@ -77,14 +77,14 @@ def _open(config: SourceConfig, errors: Errors) -> Source:
 def kind_of(path: str) -> Kind:
     """What kind of layout lies at ``path``. Raises :class:`DataError` where nothing known does."""
     ending = suffix(path)
+    if path.lower().endswith((".tar.gz", ".tgz")):
+        raise DataError(f"{path}: a packed tar has no random access; unpack it to .tar first")
     if ending == ".tar" or (not is_remote(path) and "{" in path):
         return "tars"
     if not exists(path):
         raise DataError(f"{path} does not exist")
     if is_folder(path):
         return _kind_of_folder(path)
-    if path.lower().endswith((".tar.gz", ".tgz")):
-        raise DataError(f"{path}: a packed tar has no random access; unpack it to .tar first")
     if ending == ".json":
         return _kind_of_json(path)
     if ending not in _ENDINGS:

@@ -58,6 +58,8 @@ def read_parquet(path: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
                 raise DataError(f"{path}: has no column {missing[0]!r}, only {', '.join(table.schema_arrow.names)}")
             for batch in table.iter_batches(BATCH, columns=list(columns)):
                 yield from batch.to_pylist()
+    except DataError:
+        raise
     except _damage(arrow) as error:
         raise DataError(f"{path}: cannot be read as parquet: {printable(str(error))}") from error
 
@@ -159,6 +161,8 @@ def _open(config: SourceConfig, tables: list[Table], errors: Errors) -> ColumnSo
         try:
             for row in _rows(arrow, table, number, config):
                 collector.add(row)
+        except DataError:
+            raise
         except _damage(arrow) as error:
             raise DataError(f"{table.path}: cannot be read: {printable(str(error))}") from error
 

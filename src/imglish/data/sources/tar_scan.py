@@ -13,6 +13,7 @@ from typing import BinaryIO, Literal
 from imglish.data.errors import Problem, printable
 
 BLOCK = 512
+MAGIC = 257  # where "ustar" stands in a header
 SEARCH = 1 << 20  # bytes read at a time in search of a header
 MAX_NAMES = 1 << 20  # bytes of a block with long names
 ZEROS = bytes(BLOCK)
@@ -113,16 +114,15 @@ def _attributes(data: bytes) -> dict[str, bytes]:
 
 
 def _next_header(file: BinaryIO, at: int, size: int) -> int:
-    """Where the next whole header begins, a block boundary; ``size`` if nowhere."""
+    """Where the next whole header begins, at any byte; ``size`` if nowhere."""
     while at + BLOCK <= size:
         file.seek(at)
         chunk = file.read(SEARCH)
         found = chunk.find(b"ustar")
         while found >= 0:
-            begin = found - 257
-            header = chunk[begin : begin + BLOCK] if begin >= 0 else b""
-            if begin % BLOCK == 0 and len(header) == BLOCK and _length(header) is not None:
-                return at + begin
+            header = chunk[found - MAGIC : found - MAGIC + BLOCK] if found >= MAGIC else b""
+            if len(header) == BLOCK and _length(header) is not None:
+                return at + found - MAGIC
             found = chunk.find(b"ustar", found + 1)
-        at += len(chunk) // BLOCK * BLOCK or BLOCK
+        at += max(len(chunk) - BLOCK + 1, 1)  # a header may begin at the end of what was read
     return size

@@ -120,7 +120,11 @@ def _samples(file: BinaryIO, shard: Shard, config: SourceConfig) -> Iterator[Row
             yield problem
     if not samples:
         yield Problem(where, "empty", f"{where}: there are no samples in this tar")
-    beside = _sibling(shard, config)
+    beside: Mapping[str, Mapping[str, Any]] = {}
+    try:
+        beside = _sibling(shard, config)
+    except DataError as error:
+        yield Problem(f"{where} (parquet)", "missing member", str(error))
     for key, members in samples.items():
         yield from _sample(file, shard, key, members, config, beside)
 
