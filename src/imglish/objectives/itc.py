@@ -131,7 +131,8 @@ def _check_chunk(chunk: int | None) -> None:
 
 def _full_precision(x: Tensor) -> torch.autocast:
     """Similarities times a scale of up to 100 need float32 products: no autocast inside a contrastive loss."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)  # "meta" has none
 
 
 def _as_float(x: Tensor) -> Tensor:
