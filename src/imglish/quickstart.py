@@ -43,7 +43,7 @@ OUTPUT = "rival.txt"  # of the rival's process
 STOPPED = 75  # its status when a signal stopped it
 
 
-# What learns within minutes. A joint embedding of 8 dimensions is what makes the towers' question hard. 3,200 steps are
+# What learns within minutes. A joint embedding of 8 dimensions is what makes the towers' question hard. 2,400 steps are
 # too few for a slow teacher with a queue (the contrast oscillates), and for matching on hard negatives alone (it stays
 # at the entropy of its classes): a fifth of the drawn negatives is hard, and every picture has its known wrong caption.
 # From positions as small as the published models' start with, colours are learned long before places.
@@ -67,7 +67,7 @@ class QuickstartConfig:
 
     out: Path = Path("quickstart-out")
     seed: int = 0
-    steps: int = 3200
+    steps: int = 2400
     minutes: float | None = None
     batch: int = 32
     lr: float = 2e-3

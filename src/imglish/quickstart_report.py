@@ -84,7 +84,7 @@ def compared(one: Tensor, other: Tensor, name: str) -> tuple[float, float]:
 
 def verdict(outcome: Outcome) -> str:
     """What was measured, in words, also where the towers win. A difference counts from two standard errors on."""
-    binding, recalls = binding_table(outcome), recall_table(outcome)
+    binding, recalls, searches = binding_table(outcome), recall_table(outcome), search_table(outcome)
     lines = []
     for split in outcome.benchmarks:
         fusion = scores_of(outcome, "reranked", split)
@@ -101,7 +101,12 @@ def verdict(outcome: Outcome) -> str:
             lines.append(f"The fusion {_outcome(by, error)} {name}: {', '.join(parts)} points.")
         count = outcome.measured["main", split].retrieval.images
         first = ", ".join(f"{RANKINGS[r]} {recalls[r][split]['t2i_r1']:.0f} %" for r in RANKINGS)
-        lines.append(f"The right one of {count} pictures comes first (text→image R@1): {first}.")
+        lines.append(
+            f"Captions that say everything: the right one of {count} pictures comes first (text→image R@1): {first}."
+        )
+        queries = sum(query.split == split for query in outcome.searched)
+        first = ", ".join(f"{RANKINGS[r]} {searches[r][split]['first']:.0f} %" for r in RANKINGS)
+        lines.append(f"{queries} searches as one types them: a picture that fits comes first: {first}.")
     return "\n\n".join(lines)
 
 
