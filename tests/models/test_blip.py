@@ -241,3 +241,22 @@ def test_parameter_counts(config: Callable[[], BlipConfig], changes: dict[str, A
 def test_a_smoothing_that_is_no_share_is_refused() -> None:
     with pytest.raises(ValueError, match="smoothing is 1"):
         replace(blip_tiny(), smoothing=1.0)
+
+
+def test_few_texts_read_the_tokens_of_pictures_without_projecting_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = blip_tiny()
+    config = replace(config, vision=replace(config.vision, image=replace(config.vision.image, size=96)))
+    model = trained_pair(config)[0].eval()
+    batch = make_batch(config, [3, 2])
+    calls = []
+    real = CrossAttention.project
+    monkeypatch.setattr(CrossAttention, "project", lambda self, memory: calls.append(1) or real(self, memory))
+    with torch.no_grad():
+        tokens, texts = model.encode_images(batch.images).tokens, model.encode_texts(batch.texts)
+        few = model.match(model.project_images(tokens), texts, [1, 0], [0, 1])
+        assert not calls
+        many = model.match(model.project_images(tokens), texts, [0, 1] * 30, [1, 0] * 30)
+    assert len(calls) == config.depth
+    torch.testing.assert_close(many[:2].flip(0), few)
+    with_gradient = model.match(model.project_images(tokens), texts, [1, 0], [0, 1])
+    torch.testing.assert_close(with_gradient, few)

@@ -93,3 +93,27 @@ def test_block_reads_rows(norm: str) -> None:
     read = Rows(torch.tensor([0, 2, 7]), Segments((2, 1)))
     torch.testing.assert_close(block(x, segments, memory, read=read), block(x, segments, memory)[read.index])
     assert not torch.allclose(block(x, segments), block(x, segments, memory))  # without a picture: no cross-attention
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [5, 1], [2, 0]])
+def test_reading_tokens_equals_attention_over_their_keys_and_values(lengths: list[int]) -> None:
+    torch.manual_seed(0)
+    cross = CrossAttention(12, 3, 20).double()
+    with torch.no_grad():
+        for parameter in cross.parameters():
+            parameter.normal_()
+    pictures, rows = Segments.equal(2, 7), Segments.of(lengths)
+    tokens, x = torch.randn(14, 20).double(), torch.randn(rows.total, 12).double()
+    one_each = Segments.equal(2, 1)
+    expected = cross(x, rows, Memory(*cross.project(tokens), pictures, one_each))
+    found = cross(x, rows, Memory(tokens, tokens, pictures, one_each, projected=False))
+    torch.testing.assert_close(found, expected)
+
+
+def test_tokens_are_read_where_that_is_less_than_half_the_work() -> None:
+    cross = CrossAttention(768, 12, 768)
+    pictures = Segments.equal(64, 577)
+    # 577 * 768 / (12 * 577 + 768) = 57.6 rows a picture cost the same
+    assert cross.rather_reads(64 * 28, pictures)
+    assert not cross.rather_reads(64 * 29, pictures)
+    assert not cross.rather_reads(1, Segments((577, 197)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Self, cast
+from typing import Self, cast, overload
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ class AlignedFusion(nn.Module):
     # ---- fusion ---------------------------------------------------------------------------------------------------
 
     def project_images(self, tokens: Tensor) -> ImageMemory:
-        """Keys and values of ``tokens (B, L, D)`` for every fusion layer, once a picture."""
+        """Keys and values of ``tokens (B, L, D)`` for every fusion layer, once a picture and when they are needed."""
         return project(self.fusing(), tokens)
 
     def fuse(
@@ -244,12 +244,46 @@ class AlignedFusion(nn.Module):
         return teacher
 
 
+class Projections(Sequence[tuple[Tensor, ...]]):
+    """Keys and values of pictures for every layer, each made when it is first asked for, and kept.
+
+    tokens: ``(S, D)``; crosses: the cross-attention of every layer.
+    """
+
+    def __init__(self, tokens: Tensor, crosses: Sequence[CrossAttention]) -> None:
+        self.tokens, self.crosses = tokens, crosses
+        self.made: dict[int, tuple[Tensor, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self.crosses)
+
+    @overload
+    def __getitem__(self, layer: int) -> tuple[Tensor, ...]: ...
+    @overload
+    def __getitem__(self, layer: slice) -> tuple[tuple[Tensor, ...], ...]: ...
+    def __getitem__(self, layer: int | slice) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], ...]:
+        if isinstance(layer, slice):
+            return tuple(self[i] for i in range(*layer.indices(len(self))))
+        if not 0 <= layer < len(self):
+            raise IndexError(f"layer {layer} of {len(self)}")
+        if layer not in self.made:
+            self.made[layer] = self.crosses[layer].project(self.tokens)
+        return self.made[layer]
+
+    def seen(self, layer: int, rows: int, segments: Segments, texts: Segments) -> Memory:
+        """What ``rows`` text rows look at in this layer: keys and values, or the tokens themselves where that is less
+        work (outside of training, whose gradients then stay those of one order of work)."""
+        if layer in self.made or torch.is_grad_enabled() or not self.crosses[layer].rather_reads(rows, segments):
+            keys, values = self[layer]
+            return Memory(keys, values, segments, texts)
+        return Memory(self.tokens, self.tokens, segments, texts, projected=False)
+
+
 def project(layers: Iterable[nn.Module], tokens: Tensor) -> ImageMemory:
     """Keys and values of ``tokens (B, L, D)`` for the cross-attention of every layer, once a picture."""
     segments = Segments.equal(tokens.shape[0], tokens.shape[1])
-    flat = tokens.flatten(0, 1)
-    crosses = (cast(CrossAttention, layer.cross) for layer in layers)
-    return ImageMemory(tuple(cross.project(flat) for cross in crosses), segments)
+    crosses = [cast(CrossAttention, layer.cross) for layer in layers]
+    return ImageMemory(Projections(tokens.flatten(0, 1), crosses), segments)
 
 
 def look(
@@ -267,9 +301,14 @@ def look(
     ``memory``. Returns ``(T, D)``, or the M rows of ``read``: the last layer computes those only.
     """
     last = len(memory.layers) - 1
-    for i, (layer, (k, v)) in enumerate(zip(layers, memory.layers, strict=True)):
-        seen = Memory(k, v, memory.segments, texts)
-        rows = layer(rows, segments, memory=seen, causal=causal, read=read if i == last else None)
+    for i, layer in enumerate(layers):
+        here = read if i == last else None
+        if isinstance(memory.layers, Projections):
+            seen = memory.layers.seen(i, (segments if here is None else here.segments).total, memory.segments, texts)
+        else:
+            keys, values = memory.layers[i]
+            seen = Memory(keys, values, memory.segments, texts)
+        rows = layer(rows, segments, memory=seen, causal=causal, read=here)
     return rows
 
 

@@ -154,12 +154,15 @@ class Memory:
 
     keys, values: ``(S, heads, head_dim)`` rows of ``segments`` (one sequence a picture); texts: how many consecutive
     texts belong to each picture. All texts of a picture are one query sequence, so nothing is copied for them.
+    projected: False where both are the tokens of the pictures as they are, ``(S, memory_width)``, all pictures of one
+    length; see :meth:`CrossAttention.rather_reads`.
     """
 
     keys: Tensor
     values: Tensor
     segments: Segments
     texts: Segments
+    projected: bool = True
 
     def queries(self, rows: Segments) -> Segments:
         """Rows a text, ``rows``, added up to rows a picture."""
@@ -190,6 +193,34 @@ class CrossAttention(nn.Module):
         """``(T, D)`` rows, ``rows`` of each text, texts in the order of their pictures -> ``(T, D)``."""
         q = self.q(x_TD).unflatten(1, (self.heads, -1))
         dropout = self.dropout if self.training else 0.0
-        merged = attend(q, memory.keys, memory.values, memory.queries(rows), memory.segments, dropout=dropout)
+        if memory.projected:
+            merged = attend(q, memory.keys, memory.values, memory.queries(rows), memory.segments, dropout=dropout)
+        else:
+            merged = self._read(q, memory.keys, memory.queries(rows), memory.segments)
         out: Tensor = self.out(merged.flatten(1))
         return out
+
+    def rather_reads(self, rows: int, segments: Segments) -> bool:
+        """Whether ``rows`` text rows cost less than half by reading the tokens of all pictures themselves.
+
+        A score is q . (W_k x) = (W_k^T q) . x, and a mixture of values is W_v of the mixture of tokens: what is done to
+        every token of a picture may as well be done to every row of the text. That is less work for few rows, and more
+        of it for many, because a carried-over row has the width of a token in each head.
+        """
+        of_rows = rows * (self.heads * segments.longest + self.q.in_features)
+        return segments.uniform and 2 * of_rows < segments.total * self.q.in_features
+
+    def _read(self, q_THd: Tensor, tokens_SD: Tensor, q_segments: Segments, k_segments: Segments) -> Tensor:
+        """Attention over tokens that are not projected, ``(T, heads, head_dim)``. A bias of the keys adds the same to
+        all scores of a row, so it has no effect."""
+        width = self.q.out_features
+        to_keys, to_values = self.kv.weight.unflatten(0, (2, self.heads, -1)).to(q_THd.dtype).unbind(0)
+        pictures = tokens_SD.to(q_THd.dtype).unflatten(0, (k_segments.count, -1))
+        carried = torch.einsum("thd,hdm->thm", q_THd * q_THd.shape[2] ** -0.5, to_keys)
+        scores = _sequences(carried, q_segments).flatten(1, 2) @ pictures.transpose(1, 2)
+        read = (scores.softmax(2).to(pictures.dtype) @ pictures).unflatten(1, (self.heads, -1)).transpose(1, 2)
+        read = read.flatten(0, 1)
+        if not q_segments.uniform:
+            read = read[q_segments.slots(q_THd.device)]
+        values = torch.einsum("thm,hdm->thd", read, to_values)
+        return values + self.kv.bias[width:].unflatten(0, (self.heads, -1))
