@@ -24,7 +24,7 @@ from tests.golden.aligned import draws_for, masked_of, texts_of
 from tests.golden.support import REPOSITORY, Case, cases, check, check_grad_norms, official_gradients
 
 RECIPE = yaml.safe_load((REPOSITORY / "recipes" / "vlmo-staged.yaml").read_text())
-TEXT_STAGE = next(stage for stage in RECIPE["stages"] if stage["name"] == "texts")["optimiser"]["only"]
+TEXT_STAGE = RECIPE["stages"]["texts"]["optimiser"]["only"]
 
 ARCHITECTURES = {
     "vlmo_base_patch16": vlmo_base,

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imglish.training.trainer import Result
 
 STOPPED = 75  # "temporary failure, try again": the run was stopped and the same command continues it
 
@@ -13,6 +17,7 @@ Train a model by a recipe. When the recipe's output folder holds a checkpoint, t
 
   imglish train recipes/flickr8k-albef.yaml optimiser.lr=1e-4 model.teacher.alpha=0.2
   torchrun --nproc-per-node 8 -m imglish train recipes/flickr8k-albef.yaml
+  imglish train recipes/vlmo-staged.yaml stages.pairs.optimiser.lr=1e-4
 
 SIGTERM and Ctrl-C finish the step, write a checkpoint and end with status 75; the same command continues.
 """
@@ -37,9 +42,20 @@ def main(argv: Sequence[str]) -> int:
     from imglish.training.checkpoint import ResumeError
     from imglish.training.config import read_recipe
     from imglish.training.settings import SettingsError
+    from imglish.training.stages import check_stages, is_pipeline, read_stages, train_stages
     from imglish.training.trainer import check, train
 
     try:
+        if is_pipeline(arguments.recipe):
+            stages = read_stages(arguments.recipe, arguments.overrides)
+            if arguments.check:
+                print("\n".join(check_stages(stages)))
+                return 0
+            for result in train_stages(stages):
+                status = _say(result)
+                if status:
+                    return status
+            return 0
         recipe = read_recipe(arguments.recipe, arguments.overrides)
         if arguments.check:
             print(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
@@ -52,6 +68,11 @@ def main(argv: Sequence[str]) -> int:
     except (CheckpointError, LossNotFinite, ImageError, DataError) as error:
         print(f"imglish train: {error}", file=sys.stderr)
         return 1
+    return _say(result)
+
+
+def _say(result: Result) -> int:
+    """Tell how a run ended; returns the status."""
     if result.stopped is not None:
         where = result.output / "checkpoints"
         print(

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from imglish.data.aspect import AspectTransform
 from imglish.data.augment import AugmentPolicy
-from imglish.data.batch import Batch, MaskedTexts, TextBatch
+from imglish.data.batch import Batch, MaskedTexts, TextBatch, Unpaired
 from imglish.data.epochs import EpochItems
 from imglish.data.errors import Problem
 from imglish.data.images import Detail, ImageError, ImageTransform, decode_sized
@@ -50,11 +51,15 @@ def stream(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Ge
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+Masked = tuple[list[int], list[int], list[int]]
+"""A text for MLM: its ids with the masks, the positions to be predicted, the tokens there."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """pixels: uint8 ``(size, size, 3)``, or patches or regions; ids: of the caption; draws: two uniform numbers;
-    masked: ids, positions, labels of the MLM; more: ids of further captions of the picture, equally many in all
-    samples; patches: bool ``(rows, columns)``, True where a patch is to be predicted; unreadable: the pictures in
+    masked: ids, positions, labels of the MLM; more, more_masked: of further captions of the picture, equally many in
+    all samples; patches: bool ``(rows, columns)``, True where a patch is to be predicted; unreadable: the pictures in
     whose place this one stands."""
 
     key: str
@@ -62,9 +67,10 @@ class Sample:
     ids: list[int]
     image_id: int
     draws: np.ndarray
-    masked: tuple[list[int], list[int], list[int]] | None
+    masked: Masked | None
     swapped: list[int] | None
     more: tuple[list[int], ...] = ()
+    more_masked: tuple[Masked, ...] = ()
     patches: np.ndarray | None = None
     unreadable: tuple[Problem, ...] = ()
 
@@ -74,7 +80,8 @@ class PairDataset:
 
     captions: ``"one"`` makes an item of every picture, with a random caption of its own each epoch; a number makes an
     item of every picture with so many of its captions at once (a picture that has fewer repeats some); ``"all"`` makes
-    an item of every caption. tokenizer: None gives pictures alone, with texts of no token. clean: clean-up of captions
+    an item of every caption. transform: None gives texts alone, with pictures of no pixel. tokenizer: None gives
+    pictures alone, with texts of no token. clean: clean-up of captions
     before the tokenizer. prompt: text that every caption begins with. mlm: also mask the texts. mim: also mask the
     pictures, of ``patch`` pixels a patch. swapped: also give the wrong captions that the records hold. cache: keep
     pictures in memory after the first decoding, at ``transform.cache_size`` (shared by forked workers). detail: of
@@ -110,8 +117,8 @@ class PairDataset:
         if mlm is not None and tokenizer is not None:
             tokenizer.id_of("[MASK]")
         self.captions = captions if isinstance(captions, int) else 1
-        if self.captions > 1 and (swapped or mlm is not None):
-            raise ValueError("masked and swapped texts go with one caption a picture: set captions to one or all")
+        if self.captions > 1 and swapped:
+            raise ValueError("swapped texts go with one caption a picture: set captions to one or all")
         counts = caption_counts(records)
         if tokenizer is not None and not counts.all():
             raise ValueError(f"{records[int(counts.argmin())].key} has no caption")
@@ -126,7 +133,7 @@ class PairDataset:
         self.prompt = prompt
         self.mlm = mlm
         self.mim = mim
-        if (transform is None) == (regions is None):
+        if transform is not None and regions is not None:
             raise ValueError("pictures need a transform, regions have none")
         if mim is not None and (patch is None or transform is None):
             raise ValueError("masked pictures need the size of a patch, and pixels")
@@ -192,13 +199,24 @@ class PairDataset:
             chosen = np.resize(rng.permutation(count), self.captions).tolist()
         texts = [record.captions[c] for c in chosen] + ([record.swapped[chosen[0]]] if self.swapped else [])
         ids = self.tokenizer.encode([self.prompt + clean_caption(text, self.max_words, self.clean) for text in texts])
-        masked = None
-        if self.mlm is not None:
-            rng = stream(*where, Purpose.MASK)
-            masked = mask_tokens(ids[0], rng, self.tokenizer, self.mlm.probability, self.mlm.whole_word)
         swapped = ids.pop() if self.swapped else None
-        more = tuple(ids[1:])
-        return Sample(record.key, pixels, ids[0], record.image_id, draws, masked, swapped, more, patches, unreadable)
+        masked: list[Masked] = []
+        if self.mlm is not None:
+            rng, how = stream(*where, Purpose.MASK), self.mlm
+            masked = [mask_tokens(text, rng, self.tokenizer, how.probability, how.whole_word, how.end) for text in ids]
+        return Sample(
+            record.key,
+            pixels,
+            ids[0],
+            record.image_id,
+            draws,
+            masked[0] if masked else None,
+            swapped,
+            tuple(ids[1:]),
+            tuple(masked[1:]),
+            patches,
+            unreadable,
+        )
 
     def _pixels(self, number: int, where: tuple[int, int, int]) -> Picture:
         """What the model is given of the record's picture."""
@@ -206,7 +224,8 @@ class PairDataset:
         if self.regions is not None:
             return self.regions[record.key]
         transform = self.transform
-        assert transform is not None
+        if transform is None:
+            return np.zeros((0, 0, 3), dtype=np.uint8)
         picture, original = self._picture(number, transform, where)
         rng = stream(*where, Purpose.IMAGE)
         may_flip = not any(map(mentions_side, record.captions)) if transform.flip else False
@@ -288,12 +307,33 @@ def collate(samples: Sequence[Sample]) -> Batch:
         texts=TextBatch.of([ids for sample in samples for ids in (sample.ids, *sample.more)]),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         draws=torch.from_numpy(np.stack([sample.draws for sample in samples])),
-        masked=pack_masked([sample.masked for sample in samples if sample.masked is not None]),
+        masked=_packed(samples),
         swapped=TextBatch.of(swapped) if swapped else None,
         patches=pack_patch_masks([sample.patches for sample in samples if sample.patches is not None]),
         keys=tuple(sample.key for sample in samples),
         captions=1 + len(samples[0].more),
     )
+
+
+def collate_unpaired(pictures: Sequence[Sample], texts: Sequence[Sample]) -> Unpaired:
+    """Pictures with masked patches and texts with masked tokens that do not belong together."""
+    masks = pack_patch_masks([sample.patches for sample in pictures if sample.patches is not None])
+    masked = _packed(texts)
+    if masks is None or masked is None:
+        raise ValueError("pictures and texts beside the pairs need masks of both")
+    images = stack([sample.pixels for sample in pictures])
+    assert isinstance(images, Tensor)
+    return Unpaired(
+        images=images,
+        patches=masks,
+        texts=TextBatch.of([sample.ids for sample in texts]),
+        masked=masked,
+    )
+
+
+def _packed(samples: Sequence[Sample]) -> MaskedTexts | None:
+    texts = [text for s in samples if s.masked is not None for text in (s.masked, *s.more_masked)]
+    return pack_masked(texts)
 
 
 def pack_masked(texts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> MaskedTexts | None:

@@ -46,14 +46,14 @@ TEXT, IMAGE = 0, 1
 class VlmoConfig:
     """Sizes and objectives; the defaults are the published base model.
 
-    max_length: longest text; text_distances: texts up to this length have distances in the relative table (not used
-    with ``positions="absolute"``, where positions are added to the embeddings); fused_layers: layers on top that have a VL
-    expert. drop_path: stochastic depth, growing from zero to this in the last layer, and dropout of the text
-    embeddings. itc, itm, mlm: which objectives are trained; itc_fused: ITC also from features that passed the VL
-    experts (as in the official code; the paper names the first form only); mlm_weight: factor of MLM beside the others;
-    hard_negatives: share of ITM negatives drawn by similarity. own_features_only: contrast other ranks' features
-    without their gradient, as the official code does, so that its strength depends on the number of ranks; for
-    comparison only.
+    max_length: longest text; text_distances: texts up to this length have distances in the relative table (with
+    ``positions="absolute"`` positions are added to the embeddings in its place); fused_layers: layers on top with a VL
+    expert; drop_path: stochastic depth, growing from zero to this in the last layer, and dropout of text embeddings.
+
+    itc, itm, mlm: which objectives are trained; itc_fused: ITC also from features that passed the VL experts (as in the
+    official code; the paper names the first form only); mlm_weight: factor of MLM beside the others; hard_negatives:
+    share of ITM negatives drawn by similarity; own_features_only: contrast other ranks' features without their
+    gradient, as the official code does, so that its strength depends on the number of ranks; for comparison only.
     """
 
     image: ImageInput = field(default_factory=lambda: ImageInput(224, HALF, HALF))
@@ -243,6 +243,7 @@ class Vlmo(nn.Module):
 
     def encode_images(self, images: Tensor) -> EncodedImages:
         """``(B, 3, H, W)`` uint8 or normalised -> features ``(B, E)`` and input rows ``(B, L, D)`` for matching."""
+        self._needs(self.config.itc, "ITC")
         tokens = self.picture_rows(images)
         packing = Packing(image=Segments.equal(tokens.shape[0], tokens.shape[1]))
         cls = self.transform(tokens.flatten(0, 1), packing, Read.first(packing, tokens.device))
@@ -250,6 +251,7 @@ class Vlmo(nn.Module):
 
     def encode_texts(self, texts: TextBatch) -> EncodedTexts:
         """Packed texts -> features ``(N, E)`` and input rows ``(T, D)`` for matching."""
+        self._needs(self.config.itc, "ITC")
         rows, packing = self.text_rows(texts), Packing(text=texts.segments)
         cls = self.transform(rows, packing, Read.first(packing, rows.device))
         return EncodedTexts(_features(self.text_proj, cls), texts.segments, rows)
@@ -264,6 +266,7 @@ class Vlmo(nn.Module):
         self, memory: ImageMemory, texts: EncodedTexts, image_index: Sequence[int], text_index: Sequence[int]
     ) -> Tensor:
         """ITM logits ``(P, 2)``, column 1 = matched, of pairs of a picture of ``memory`` and one of ``texts``."""
+        self._needs(self.config.itm, "ITM")
         return self._itm_logits(self.pooled(memory, texts, image_index, text_index))
 
     def pooled(
@@ -304,6 +307,10 @@ class Vlmo(nn.Module):
             Packing(fused_image=Segments.equal(len(pictures.lengths), 0), fused_text=Segments(counts)),
         )
         return self.transform(torch.cat([tokens.flatten(0, 1)] * sets + [rows]), packing, read)
+
+    def _needs(self, has: bool, objective: str) -> None:
+        if not has:
+            raise ValueError(f"this VLMo was built without {objective}, so it has no head for it")
 
     def _itm_logits(self, cls: Tensor) -> Tensor:
         logits: Tensor = self.itm_head(torch.tanh(self.pooler(cls)))
@@ -484,7 +491,6 @@ def vlmo_small() -> VlmoConfig:
         heads=3,
         hidden=768,
         fused_layers=1,
-        layer_scale=None,
         drop_path=0.0,
         embed_dim=128,
     )
@@ -503,7 +509,6 @@ def vlmo_tiny() -> VlmoConfig:
         heads=4,
         hidden=256,
         fused_layers=2,
-        layer_scale=None,
         drop_path=0.0,
         embed_dim=64,
     )

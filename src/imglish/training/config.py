@@ -26,6 +26,21 @@ def _positive(key: str, value: float | None) -> None:
 
 
 @dataclass(frozen=True)
+class AloneRecipe:
+    """Pictures alone or texts alone beside the pairs, for masked data modelling (BEiT-3). train, images, split, source:
+    as in :class:`DataRecipe`; per_pair: how many of them a batch has for each of its pairs."""
+
+    train: str | None = None
+    images: str | None = None
+    split: str | None = None
+    source: SourceOptions = field(default_factory=SourceOptions)
+    per_pair: float = 1.0
+
+    def __post_init__(self) -> None:
+        _between("per_pair", self.per_pair, 0.001, 1000)
+
+
+@dataclass(frozen=True)
 class DataRecipe:
     """Where the pairs come from and how they are prepared.
 
@@ -41,7 +56,9 @@ class DataRecipe:
     code cleans them, with at most ``max_words`` words, in validation too; masking, whole_word: of the MLM objective;
     swapped: use the wrong captions that the records hold as further ITM negatives; texts_only: train on the texts
     alone, no picture is read; patches: how pictures are masked for
-    masked image modelling; regions: file with the regions of the pictures, for models that read these (docs/data.md).
+    masked image modelling; regions: file with the regions of the pictures, for models that read these (docs/data.md);
+    pictures_alone, texts_alone: data beside the pairs (give both or none); masking_alone: of these texts, which no
+    picture helps.
     """
 
     train: str | None = None
@@ -64,6 +81,9 @@ class DataRecipe:
     swapped: bool = False
     texts_only: bool = False
     patches: PatchMaskConfig = field(default_factory=PatchMaskConfig)
+    pictures_alone: AloneRecipe = field(default_factory=AloneRecipe)
+    texts_alone: AloneRecipe = field(default_factory=AloneRecipe)
+    masking_alone: float = 0.15
     regions: str | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +93,10 @@ class DataRecipe:
         if self.crop is not None:
             _between("crop", self.crop, 0.01, 1)
         _between("masking", self.masking, 0.01, 0.9)
+        _between("masking_alone", self.masking_alone, 0.01, 0.9)
+        if (self.pictures_alone.train is None) != (self.texts_alone.train is None):
+            lacking = "pictures_alone" if self.pictures_alone.train is None else "texts_alone"
+            raise SettingsError(f"{lacking}.train", "pictures alone and texts alone go together: name both or none")
         _between("max_words", self.max_words, 1, 100_000)
         if self.mixgen is not None:
             _between("mixgen", self.mixgen, 2, 1_000_000, "2 is every other pair, the paper has 4")

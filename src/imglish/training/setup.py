@@ -14,9 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from imglish.checkpoints.native import CheckpointError, Loaded, load
+from imglish.checkpoints.rules import ConversionError
+from imglish.checkpoints.transfer import transfer
 from imglish.data.augment import policy
 from imglish.data.dataset import PairDataset
 from imglish.data.errors import DataError
+from imglish.data.loader import Beside
 from imglish.data.masking import MaskConfig
 from imglish.data.mixgen import MixGen
 from imglish.data.records import Record
@@ -35,8 +38,9 @@ from imglish.training.settings import SettingsError, fill
 @dataclass(frozen=True)
 class Materials:
     """train and validation records; words: the tokenizer, None for models of pictures only; config of the model, with
-    the tokenizer's vocabulary; start: the model that the run begins from, where ``model.init`` names one; targets: the
-    model that it learns from, where ``targets`` names one."""
+    the tokenizer's vocabulary; start: the model that the run begins from, where ``model.init`` names one; earlier: the
+    model of an earlier stage, where ``model.start`` names one; targets: the model that it learns from, where
+    ``targets`` names one; alone: records of pictures alone and of texts alone, where the recipe has them."""
 
     records: Sequence[Record]
     validation: Sequence[Record]
@@ -44,6 +48,8 @@ class Materials:
     config: Any
     start: nn.Module | None
     targets: nn.Module | None = None
+    earlier: nn.Module | None = None
+    alone: tuple[Sequence[Record], Sequence[Record]] | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -55,7 +61,7 @@ class Materials:
     @property
     def digest(self) -> str:
         """A short digest of keys and captions of the training records: the place in the data belongs to these."""
-        return digest(self.records)
+        return "+".join(digest(records) for records in (self.records, *(self.alone or ())))
 
 
 def gather_materials(
@@ -69,6 +75,10 @@ def gather_materials(
     is then used as it is. ``errors_file``: takes what cannot be used of the data."""
     base, loaded = base_config(recipe)
     needs: Needs = "pairs" if registry.reads_texts(base) else "images"
+    if recipe.data.texts_only:
+        needs = "texts"
+        if not registry.reads_texts(base):
+            raise SettingsError("data.texts_only", f"a model of family {base.family} reads no texts; set it to false")
     train = read_source(recipe, "data", needs, errors_file) if records is None else records
     if not train:
         raise SettingsError("data.train", "there are no training records")
@@ -79,14 +89,20 @@ def gather_materials(
         held_out = [_cleaned(record, recipe.data) for record in held_out]
     start = loaded.model if loaded is not None else None
     targets = _exported(recipe.targets, "targets").model if recipe.targets is not None else None
+    stage = _exported(str(recipe.model["start"]), "model.start") if "start" in recipe.model else None
+    earlier = stage.model if stage is not None else None
     if not registry.reads_texts(base):
-        return Materials(train, held_out, None, base, start, targets)
+        return Materials(train, held_out, None, base, start, targets, earlier)
+    alone = read_alone(recipe, errors_file) if recipe.data.pictures_alone.train is not None else None
     if resumed is not None:
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(resumed["tokenizer"]))
     elif loaded is not None:
         tokenizer = loaded.tokenizer
+    elif stage is not None and stage.words is not None and recipe.tokenizer.load is None:
+        tokenizer = stage.words.with_max_length(base.max_length)
     else:
-        tokenizer = _tokenizer(recipe, base.max_length, train)
+        texts = train if alone is None else [*train, *alone[1]]
+        tokenizer = _tokenizer(recipe, base.max_length, texts)
     tokenizer = _completed(tokenizer, base)
     wanted = recipe.model.get("vocab_size", tokenizer.vocab_size)
     if wanted != tokenizer.vocab_size:
@@ -94,10 +110,12 @@ def gather_materials(
             "model.vocab_size", f"{wanted}, but the tokenizer has {tokenizer.vocab_size} tokens; leave this setting out"
         )
     config = dataclasses.replace(base, vocab_size=tokenizer.vocab_size)
+    if hasattr(config, "mask_id"):
+        config = dataclasses.replace(config, mask_id=tokenizer.mask_id)
     if prompt := getattr(config, "prompt", ""):
         # without opening and closing token
         config = dataclasses.replace(config, prompt_tokens=len(tokenizer.encode([prompt])[0]) - 2)
-    return Materials(train, held_out, tokenizer, config, start, targets)
+    return Materials(train, held_out, tokenizer, config, start, targets, earlier, alone)
 
 
 def _cleaned(record: Record, data: DataRecipe) -> Record:
@@ -107,7 +125,7 @@ def _cleaned(record: Record, data: DataRecipe) -> Record:
 
 def base_config(recipe: Recipe) -> tuple[Any, Loaded | None]:
     """The model's configuration with the recipe's changes, and the checkpoint of ``model.init`` if there is one."""
-    changes = {key: value for key, value in recipe.model.items() if key not in ("name", "init")}
+    changes = {key: value for key, value in recipe.model.items() if key not in ("name", "init", "start")}
     if "init" in recipe.model:
         loaded = _exported(str(recipe.model["init"]), "model.init")
         return fill(loaded.config, changes, "model"), loaded
@@ -161,8 +179,56 @@ def read_source(
         raise SettingsError(key, str(error)) from error
 
 
+def read_alone(recipe: Recipe, errors_file: Path | None = None) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Records of the recipe's pictures alone and texts alone."""
+    found: list[Sequence[Record]] = []
+    kinds: tuple[tuple[str, Needs], ...] = (("pictures_alone", "images"), ("texts_alone", "texts"))
+    for name, needs in kinds:
+        wanted = getattr(recipe.data, name)
+        options = {field.name: getattr(wanted.source, field.name) for field in dataclasses.fields(wanted.source)}
+        config = SourceConfig(path=wanted.train, images=wanted.images, split=wanted.split, needs=needs, **options)
+        try:
+            found.append(open_source(config, errors_file=errors_file))
+        except DataError as error:
+            raise SettingsError(f"data.{name}.train", str(error)) from error
+    return found[0], found[1]
+
+
+def beside_pairs(recipe: Recipe, materials: Materials) -> Beside | None:
+    """Pictures alone and texts alone as every batch has them, or None."""
+    if materials.alone is None:
+        return None
+    data, config = recipe.data, materials.config
+    if not getattr(config, "takes_unpaired", False):
+        raise SettingsError("data.pictures_alone", f"a model of family {config.family} trains on pairs; leave it out")
+    sizes = [round(kind.per_pair * recipe.batch.size) for kind in (data.pictures_alone, data.texts_alone)]
+    transform = config.image.transform(None if data.crop is None else (data.crop, 1.0), data.flip)
+    pictures, texts = materials.alone
+    try:
+        made = Beside(
+            PairDataset(
+                pictures, transform, None, mim=data.patches, patch=config.patch, cache=data.cache, detail=data.decode
+            ),
+            PairDataset(
+                texts,
+                None,
+                materials.tokenizer,
+                captions="all",
+                mlm=MaskConfig(data.masking_alone, data.whole_word),
+                clean=data.clean,
+                max_words=data.max_words,
+            ),
+            *sizes,
+        )
+        made.sizes(world_size())
+    except ValueError as error:
+        raise SettingsError("data.pictures_alone", str(error)) from error
+    return made
+
+
 def new_model(materials: Materials, seed: int) -> nn.Module:
-    """The model with initial weights drawn from ``seed`` (alike on all ranks), or those of ``model.init``."""
+    """The model with initial weights drawn from ``seed`` (alike on all ranks), or those of ``model.init`` or, as
+    far as they go, of ``model.start``."""
     torch.manual_seed(seed)
     model = registry.build(materials.config)
     if materials.start is not None:
@@ -170,6 +236,11 @@ def new_model(materials: Materials, seed: int) -> nn.Module:
             model.load_state_dict(materials.start.state_dict())
         except RuntimeError as error:
             raise SettingsError("model.init", f"its weights do not fit the changed configuration: {error}") from error
+    if materials.earlier is not None:
+        try:
+            model.load_state_dict(transfer(materials.earlier, model).state)
+        except ConversionError as error:
+            raise SettingsError("model.start", str(error)) from error
     return model
 
 
@@ -209,8 +280,10 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
     data = recipe.data
     crop = None if data.crop is None else (data.crop, 1.0)
     transform = materials.config.image.transform(crop, data.flip)
+    regions = region_file(recipe, "data") if transform is None and not data.texts_only else None
     # models without an MLM or MIM objective have no such settings
     masks, mim = getattr(materials.config, "mlm", False), getattr(materials.config, "mim", False)
+    end = getattr(materials.config, "masks_end", False)
     if data.captions not in ("one", "all", 1) and not getattr(materials.config, "several_captions", False):
         raise SettingsError(
             "data.captions",
@@ -220,10 +293,10 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
     try:
         return PairDataset(
             materials.records,
-            transform,
+            None if data.texts_only else transform,
             materials.words,
             captions=data.captions,
-            mlm=MaskConfig(data.masking, data.whole_word) if masks else None,
+            mlm=MaskConfig(data.masking, data.whole_word, end) if masks else None,
             mim=data.patches if mim else None,
             patch=materials.config.patch if mim else None,
             clean=data.clean,
@@ -233,7 +306,7 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
             cache=data.cache,
             detail=data.decode,
             augment=policy(data.augment, data.magnitude) if data.augment is not None else None,
-            regions=region_file(recipe, "data") if transform is None else None,
+            regions=regions,
         )
     except ValueError as error:
         raise SettingsError("data", str(error)) from error

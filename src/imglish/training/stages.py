@@ -1,0 +1,163 @@
+"""Several trainings one after the other, each beginning with the model of an earlier one, as one recipe.
+
+    output: runs/flickr8k-vlmo-staged
+    shared: {batch: {size: 64}}                       # what all stages have, as far as they do not say otherwise
+    stages:
+      images: {model: {name: beit-small}, ...}        # every stage is a recipe of its own
+      texts: {model: {name: vlmo-small, start: images}, ...}
+      pairs: {model: {name: vlmo-small, start: texts}, ...}
+
+``model.start``, ``model.init`` and ``targets`` may name an earlier stage, whose model is then meant.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from imglish.checkpoints.native import is_export
+from imglish.objectives.gather import rank, world_size
+from imglish.training.config import Recipe, recipe_from
+from imglish.training.ranks import pick_device, process_group
+from imglish.training.settings import SettingsError, read_mapping
+from imglish.training.trainer import Result, check, train
+
+KEYS = {"output", "shared", "stages"}
+REFERENCES = (("model", "start"), ("model", "init"), ("targets",))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: as other stages refer to it; recipe: complete, in a folder of its own below the pipeline's output; needs:
+    names of the stages whose models it uses."""
+
+    name: str
+    recipe: Recipe
+    needs: tuple[str, ...]
+
+    @property
+    def model(self) -> Path:
+        """Folder of the model that the stage gives."""
+        return Path(self.recipe.output) / "model"
+
+    def finished(self) -> bool:
+        """Whether the stage has run to its end by these very settings; SettingsError where it did so by others."""
+        if not is_export(self.model):
+            return False
+        done = yaml.safe_load((self.model.parent / "recipe.yaml").read_text(encoding="utf-8"))
+        wanted = yaml.safe_load(yaml.safe_dump(self.recipe.to_dict()))
+        if done != wanted:
+            changed = sorted(key for key in {*done, *wanted} if done.get(key) != wanted.get(key))
+            raise SettingsError(
+                f"stages.{self.name}",
+                f"{self.model.parent} holds this stage, finished with other settings of {', '.join(changed)}; "
+                "remove the folder to train it anew, with all stages behind it, or choose another output",
+            )
+        return True
+
+
+def is_pipeline(path: str | Path) -> bool:
+    """Whether a YAML file is a recipe of stages."""
+    return "stages" in read_mapping(Path(path))
+
+
+def read_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
+    """The stages of a recipe file, with ``key=value`` overrides (``shared.batch.size=32``, ``stages.pairs.seed=1``)."""
+    return stages_from(read_mapping(Path(path), overrides))
+
+
+def stages_from(data: Mapping[str, Any]) -> list[Stage]:
+    """Stages from nested mappings (YAML); mistakes raise :class:`SettingsError` naming the key and the fix."""
+    if unknown := sorted(set(data) - KEYS):
+        raise SettingsError(unknown[0], f"a recipe of stages has {', '.join(sorted(KEYS))}; settings belong into those")
+    stages, shared, output = data.get("stages"), data.get("shared") or {}, data.get("output")
+    if not isinstance(stages, Mapping) or not stages:
+        raise SettingsError("stages", "name at least one stage: stages: {pairs: {model: ...}}")
+    if not isinstance(output, str):
+        raise SettingsError("output", "a folder is needed, each stage gets one in it")
+    if not isinstance(shared, Mapping):
+        raise SettingsError("shared", f"{shared!r} is not a group of settings")
+    found: list[Stage] = []
+    for number, (name, settings) in enumerate(stages.items(), 1):
+        key = f"stages.{name}"
+        if not isinstance(settings, Mapping):
+            raise SettingsError(key, f"{settings!r} is not a group of settings")
+        if {"output"} & (set(settings) | set(shared)):
+            raise SettingsError(f"{key}.output", "every stage has its folder in the output of the whole recipe")
+        merged = _merged(shared, settings) | {"output": str(Path(output) / f"{number}-{name}")}
+        needs = _resolve(merged, {stage.name: stage for stage in found}, stages)
+        try:
+            found.append(Stage(str(name), recipe_from(merged), needs))
+        except SettingsError as error:
+            raise SettingsError(f"{key}.{error.key}", str(error).removeprefix(f"{error.key}: ")) from error
+    return found
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, group by group."""
+    made = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        inner = made.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        made[key] = _merged(inner, value) if both else copy.deepcopy(value)  # type: ignore[arg-type]
+    return made
+
+
+def _resolve(settings: dict[str, Any], earlier: Mapping[str, Stage], names: Mapping[str, Any]) -> tuple[str, ...]:
+    """Put folders of models in place of the names of earlier stages; returns these names."""
+    needs = []
+    for *groups, last in REFERENCES:
+        place: Any = settings
+        for group in groups:
+            place = place.get(group, {}) if isinstance(place, dict) else {}
+        name = place.get(last) if isinstance(place, dict) else None
+        if isinstance(name, str) and name in earlier:
+            place[last] = str(earlier[name].model)
+            needs.append(name)
+        elif name in names:
+            raise SettingsError(".".join([*groups, last]), f"the stage {name!r} does not come before this one")
+    return tuple(needs)
+
+
+def train_stages(stages: Sequence[Stage]) -> Iterator[Result]:
+    """Train all stages that are not finished yet, in order; gives the result of each as it ends.
+
+    A signal stops the stage that runs, with a checkpoint, and the rest: the last result then says ``stopped``, and the
+    same call continues. Under ``torchrun`` every process calls this.
+    """
+    with process_group(pick_device(stages[0].recipe.compute.device)):
+        for number, stage in enumerate(stages, 1):
+            finished = stage.finished()
+            if world_size() > 1:
+                dist.barrier()  # all have looked before the first process changes the folder
+            if rank() == 0:
+                state = "finished before" if finished else f"in {stage.recipe.output}"
+                print(f"stage {number} of {len(stages)}, {stage.name}: {state}", flush=True)
+            if finished:
+                continue
+            result = train(stage.recipe)
+            if world_size() > 1:
+                dist.barrier()  # the first process has exported what the next stage begins with
+            yield result
+            if result.stopped is not None:
+                return
+
+
+def check_stages(stages: Sequence[Stage]) -> list[str]:
+    """What the stages would do, in lines of text. Data and models are read where they are there already: a stage that
+    begins with one that has not been trained is checked for its settings only."""
+    lines = []
+    trained = {stage.name: is_export(stage.model) for stage in stages}
+    for stage in stages:
+        lines.append(f"{stage.name}:")
+        if missing := [name for name in stage.needs if not trained[name]]:
+            lines.append(f"  settings are valid; the rest can be checked when {' and '.join(missing)} is trained")
+        else:
+            lines += [f"  {line}" for line in check(stage.recipe)]
+    return lines
