@@ -43,6 +43,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_length": 20,
         "teacher": {"queue_size": 20, "momentum": 0.9, "ramp_epochs": 1.0},
     },
+    "vilt": {
+        "name": "vilt-tiny",
+        "image": {"size": SIZE, "longest": 24, "most": 4},
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "max_length": 16,
+    },
     "clip": {
         "name": "clip-tiny",
         "vision": {"image": {"size": SIZE}, "width": 32, "depth": 1, "heads": 2},
