@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -66,5 +67,15 @@ def test_order_and_choices_do_not_depend_on_ranks() -> None:
 def test_impossible_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="5 captions a picture are wanted, the records have up to 4"):
         dataset(5)
+    swapped = [replace(record, swapped=record.captions) for record in records(3)]
     with pytest.raises(ValueError, match="one caption a picture"):
-        PairDataset(records(3), TRANSFORM, tokenizer(), captions=2, mlm=MaskConfig())
+        PairDataset(swapped, TRANSFORM, tokenizer(), captions=2, swapped=True)
+
+
+def test_every_caption_is_masked_by_itself() -> None:
+    data = PairDataset(records(3), TRANSFORM, tokenizer(), captions=2, mlm=MaskConfig(0.5))
+    batch = collate([data.sample(0, 0, item) for item in range(3)])
+    assert batch.masked is not None
+    assert len(batch.masked.counts) == len(batch.texts) == 6
+    assert torch.equal(batch.texts.ids[batch.masked.rows], batch.masked.labels)
+    assert min(batch.masked.counts[1::2]) > 0

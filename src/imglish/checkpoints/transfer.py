@@ -28,6 +28,7 @@ OWN_OF_A_STAGE = {
         "text_proj*",
         "logit_scale*",
     ),
+    "beit3": ("mlm_head.*", "mim_head.*", "image_proj.*", "text_proj.*", "logit_scale"),
 }
 """Families whose stages differ in their parts: names that only one of two stages may have."""
 
@@ -67,9 +68,9 @@ def _fitted(name: str, source: nn.Module, target: nn.Module) -> Transform | None
     after: Any = target.config
     if name == "relative.table":
         return Transform(lambda x: resize_relative(x, before.grid, after.grid), _not_back)
-    if name == "positions":
+    if name in ("positions", "body.image_positions"):
         return Transform(lambda x: resize_grid(x, (after.grid, after.grid)), _not_back)
-    if name == "embedding.positions.weight":
+    if name in ("embedding.positions.weight", "body.text_positions"):
         return Transform(lambda x: x[: after.max_length], _not_back)
     return None
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from imglish.data.batch import Batch
-from imglish.data.dataset import PairDataset, Purpose, Sample, collate, stream
+from imglish.data.dataset import PairDataset, Purpose, Sample, collate, collate_unpaired, stream
 from imglish.data.errors import Errors, Problem
 from imglish.data.mixgen import MixGen
 
@@ -43,6 +43,7 @@ def training_batches(
     pin_memory: bool | None = None,
     errors: Errors | None = None,
     mixgen: MixGen | None = None,
+    beside: Beside | None = None,
 ) -> Iterator[tuple[Batch, Position]]:
     """Batches without end from ``position``, each with the position after it.
 
@@ -51,7 +52,8 @@ def training_batches(
     epoch, item), so neither ``workers`` nor ``world_size`` nor a resume changes a sample.
     pin_memory: default, where there is a CUDA device. prefetch: batches made ahead by each worker.
     errors: takes the pictures that cannot be read, each once (default: a log with a limit of 1 %); the next readable
-    one stands in for each. mixgen: makes mixtures of pairs. Raises :class:`imglish.data.errors.DataError` above the
+    one stands in for each. mixgen: makes mixtures of pairs. beside: pictures and texts that every batch has beside its
+    pairs. Raises :class:`imglish.data.errors.DataError` above the
     limit, ``ValueError`` for settings that cannot work.
     """
     if batch_size % world_size or not 0 <= rank < world_size:
@@ -61,10 +63,14 @@ def training_batches(
     if not 0 <= position.sample <= len(dataset):
         raise ValueError(f"position {position.sample} in a data set of {len(dataset)} items")
     stretches = _Stretches(len(dataset), batch_size, position, seed, rank, world_size)
+    sources, sizes = [(dataset, seed)], []
+    if beside is not None:
+        sizes = beside.sizes(world_size)
+        sources += [(part, seed + (number << 32)) for number, part in enumerate(beside.datasets, 1)]
     loader = DataLoader(
-        _Samples(dataset, seed),
-        batch_sampler=stretches,
-        collate_fn=partial(_loaded, mixgen=mixgen),
+        _Samples(sources),
+        batch_sampler=_Places(stretches, beside, seed),
+        collate_fn=partial(_loaded, mixgen=mixgen, sizes=sizes),
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
@@ -100,6 +106,12 @@ class _Stretches:
             first = start.sample + self.rank * share
             yield [(epoch, int(item)) for item in order[first : first + share]]
 
+    @property
+    def batches_before(self) -> int:
+        """Batches between the start of the run and the position."""
+        start = self._whole(self.position)
+        return start.epoch * (self.items // self.batch_size) + start.sample // self.batch_size
+
     def positions(self) -> Iterator[Position]:
         """The position after each batch."""
         for start in self._starts():
@@ -119,13 +131,64 @@ class _Stretches:
         return start if start.sample + self.batch_size <= self.items else Position(start.epoch + 1, 0)
 
 
-class _Samples(Dataset[Sample]):
-    def __init__(self, dataset: PairDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+@dataclass(frozen=True)
+class Beside:
+    """Pictures alone and texts alone that every batch has beside its pairs; numbers are of all ranks together.
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        epoch, item = place
-        return self.dataset.sample(self.seed, epoch, item)
+    They are taken in orders of their own, so that each is shown once before any comes again, whatever the pairs do.
+    """
+
+    pictures: PairDataset
+    texts: PairDataset
+    pictures_a_batch: int
+    texts_a_batch: int
+
+    @property
+    def datasets(self) -> tuple[PairDataset, PairDataset]:
+        return self.pictures, self.texts
+
+    def sizes(self, world_size: int) -> list[int]:
+        """Pictures and texts in a batch of one rank; ``ValueError`` where they cannot be given."""
+        wanted = (self.pictures_a_batch, self.texts_a_batch)
+        for what, size, dataset in zip(("pictures", "texts"), wanted, self.datasets, strict=True):
+            if size % world_size or not 0 < size <= len(dataset):
+                raise ValueError(f"{size} {what} a batch, of {len(dataset)}, for {world_size} ranks")
+        return [size // world_size for size in wanted]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """The batch sampler: (source, epoch, item) of every sample of a batch, pairs first, then pictures, then texts."""
+
+    pairs: _Stretches
+    beside: Beside | None
+    seed: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        others = [] if self.beside is None else [self._of(number) for number in range(2)]
+        for places in zip(self.pairs, *others):
+            yield [(source, epoch, item) for source, part in enumerate(places) for epoch, item in part]
+
+    def _of(self, number: int) -> Iterator[list[tuple[int, int]]]:
+        """Places of pictures (0) or texts (1), from the batch that the pairs are at."""
+        assert self.beside is not None
+        items = len(self.beside.datasets[number])
+        size = (self.beside.pictures_a_batch, self.beside.texts_a_batch)[number]
+        epoch, batch = divmod(self.pairs.batches_before, items // size)
+        position, seed = Position(epoch, batch * size), self.seed + (number + 1 << 32)
+        return iter(_Stretches(items, size, position, seed, self.pairs.rank, self.pairs.world_size))
+
+
+class _Samples(Dataset[Sample]):
+    """sources: data sets with the seed of each."""
+
+    def __init__(self, sources: Sequence[tuple[PairDataset, int]]) -> None:
+        self.sources = sources
+
+    def __getitem__(self, place: tuple[int, int, int]) -> Sample:
+        source, epoch, item = place
+        dataset, seed = self.sources[source]
+        return dataset.sample(seed, epoch, item)
 
 
 @dataclass(frozen=True)
@@ -139,8 +202,13 @@ class _Loaded:
         return _Loaded(self.batch.pin_memory(), self.unreadable)
 
 
-def _loaded(samples: Sequence[Sample], mixgen: MixGen | None) -> _Loaded:
-    batch = collate(samples if mixgen is None else mixgen.join(samples))
+def _loaded(samples: Sequence[Sample], mixgen: MixGen | None, sizes: Sequence[int]) -> _Loaded:
+    """sizes: how many of the last samples are pictures alone and texts alone; empty where there are none."""
+    pairs = samples[: len(samples) - sum(sizes)]
+    batch = collate(pairs if mixgen is None else mixgen.join(pairs))
+    if sizes:
+        alone = samples[len(pairs) :]
+        batch = replace(batch, unpaired=collate_unpaired(alone[: sizes[0]], alone[sizes[0] :]))
     problems = tuple(problem for sample in samples for problem in sample.unreadable)
     return _Loaded(replace(batch, mixed=mixgen.every if mixgen is not None else 0), problems)
 

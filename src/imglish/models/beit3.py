@@ -75,6 +75,16 @@ class Beit3Config(MultiwayConfig):
         return self.objective == "captions"
 
     @property
+    def closing_token(self) -> bool:
+        """Whether texts have to end with a closing token."""
+        return self.objective == "captions"
+
+    @property
+    def takes_unpaired(self) -> bool:
+        """Masked data modelling also learns from pictures alone and texts alone."""
+        return self.objective == "mdm"
+
+    @property
     def several_captions(self) -> bool:
         """Captioning reads a picture once for all its captions."""
         return self.objective == "captions"

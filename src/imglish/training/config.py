@@ -46,19 +46,18 @@ class DataRecipe:
 
     train: file, folder or URL of any layout (see `docs/data.md`), None when records are given in Python; images: folder
     that the names of pictures are relative to; split: take only records of this split; source: how the data are read:
-    layout, fields, language, share of errors; captions: an epoch shows every picture once with "one" of
-    its captions, or with that many of them at once (a number; the picture is encoded once for all of them), or "all"
-    captions, one at a time; workers: processes that decode pictures (0: the training process itself); cache: keep
-    decoded pictures in memory; crop: smallest area share of the random crop (None: the whole picture); flip: mirror
-    half of the pictures whose captions name no side; decode: JPEGs in "full", at a reduced size that looks the same
-    ("good"), or "fast"; augment: RandAugment of a paper, at another ``magnitude`` than its own; mixgen: every
-    so-many-th pair of a batch becomes a mixture with the next one (the paper: 4); clean: captions as the "albef" or the "blip"
-    code cleans them, with at most ``max_words`` words, in validation too; masking, whole_word: of the MLM objective;
-    swapped: use the wrong captions that the records hold as further ITM negatives; texts_only: train on the texts
-    alone, no picture is read; patches: how pictures are masked for
-    masked image modelling; regions: file with the regions of the pictures, for models that read these (docs/data.md);
-    pictures_alone, texts_alone: data beside the pairs (give both or none); masking_alone: of these texts, which no
-    picture helps.
+    layout, fields, language, share of errors; captions: an epoch shows every picture once with "one" of its captions,
+    or with that many of them at once (a number; the picture is encoded once for all of them), or "all" captions, one at
+    a time; workers: processes that decode pictures (0: the training process itself); cache: keep decoded pictures in
+    memory; crop: smallest area share of the random crop (None: the whole picture); flip: mirror half of the pictures
+    whose captions name no side; decode: JPEGs in "full", at a reduced size that looks the same ("good"), or "fast";
+    augment: RandAugment of a paper, at another ``magnitude`` than its own; mixgen: every so-many-th pair of a batch
+    becomes a mixture with the next one (the paper: 4); clean: captions as the "albef" or the "blip" code cleans them,
+    with at most ``max_words`` words, in validation too; masking, whole_word: of the MLM objective; swapped: use the
+    wrong captions that the records hold as further ITM negatives; texts_only: train on the texts alone, no picture is
+    read; patches: how pictures are masked for masked image modelling; regions: file with the regions of the pictures,
+    for models that read these (docs/data.md); pictures_alone, texts_alone: data beside the pairs (give both or none);
+    masking_alone: of these texts, which no picture helps.
     """
 
     train: str | None = None
@@ -226,7 +225,9 @@ class ValidationRecipe:
     """Retrieval on held-out pairs while training. data: file, folder or URL (None: no validation, or records given in
     Python); images, split, source: as in ``data``; every: epochs between two (may be a fraction); limit: only the first
     so many pictures; rerank: candidates that the fusion tower rescores (0: towers alone; a model without towers reads
-    every pair, so ``limit`` has to keep them few); regions: as in ``data``."""
+    every pair, so ``limit`` has to keep them few); captions: so many of the pictures get a caption, which CIDEr-D
+    compares with theirs, where the model writes captions (0: none until the report at the end, which shows a dozen);
+    regions: as in ``data``."""
 
     data: str | None = None
     images: str | None = None
@@ -235,11 +236,13 @@ class ValidationRecipe:
     every: float = 1.0
     limit: int | None = None
     rerank: int = 0
+    captions: int = 0
     regions: str | None = None
 
     def __post_init__(self) -> None:
         _positive("every", self.every)
         _positive("limit", self.limit)
+        _between("captions", self.captions, 0, 1_000_000)
         _between("rerank", self.rerank, 0, 1_000_000)
 
 

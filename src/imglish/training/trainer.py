@@ -22,6 +22,7 @@ from imglish.data.errors import FILE as ERRORS
 from imglish.data.errors import Errors
 from imglish.data.loader import Position, training_batches
 from imglish.data.records import Record
+from imglish.evaluation.captions import CaptioningResult
 from imglish.objectives.gather import rank, world_size
 from imglish.training.alarms import FiniteWatch, LearningWatch, LossNotFinite
 from imglish.training.average import WeightAverage
@@ -42,6 +43,7 @@ from imglish.training.ranks import Agreement, pick_device, process_group
 from imglish.training.settings import SettingsError
 from imglish.training.setup import (
     Materials,
+    beside_pairs,
     compile_towers,
     gather_materials,
     make_teacher,
@@ -51,9 +53,10 @@ from imglish.training.setup import (
 )
 from imglish.training.signals import Interrupted, StopSignal
 from imglish.training.step import Stepper, StepSettings
-from imglish.training.validation import check_validation, validate
+from imglish.training.validation import check_validation, validate, validate_captions
 
 GRADIENT = "gradient norm"
+SHOWN = 12  # pictures with captions in the report of a model that writes some
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ def check(recipe: Recipe) -> list[str]:
     model = new_model(materials, recipe.seed)
     check_validation(model, materials, recipe)
     parameters = sum(p.numel() for p in model.parameters())
+    tokens = "" if materials.words is None else f", {materials.words.vocab_size} tokens"
     return [
-        f"{parameters / 1e6:.1f} M parameters, {materials.config.vocab_size} tokens",
+        f"{parameters / 1e6:.1f} M parameters{tokens}",
         f"{len(dataset)} training pairs, {len(materials.validation)} validation pictures",
         f"{found.steps} steps, {found.steps_per_epoch} an epoch, validation every {found.validate_every}",
         "the recipe can run",
@@ -141,6 +145,7 @@ class Run:
         if resumed is not None:
             require_same(resumed, recipe.to_dict(), self.digest, self.checkpoints.folder)
         self.dataset: PairDataset = pair_dataset(recipe, self.materials)
+        self.beside = beside_pairs(recipe, self.materials)
         self.plan: Plan = plan(recipe, len(self.dataset), world_size(), _queue_size(self.materials.config))
 
         # ---- model, teacher, average, optimiser ----
@@ -162,6 +167,7 @@ class Run:
         # ---- where the run stands ----
         self.step = 0
         self.validated = 0
+        self.written: CaptioningResult | None = None
         self.saved: int | None = None
         self.best: dict[str, Any] = {}
         self.seconds = 0.0
@@ -202,13 +208,14 @@ class Run:
         if self.step < self.plan.steps:
             return Result(self.step, self.folder, None, self.best, self.stop.came or "a signal", self.journal.events)
         exported = self.folder / "model"
+        written = self.written or self._write_captions(SHOWN)  # those of the last validation, if it made some
         if rank() == 0:
             from imglish.training.summary import write_report  # matplotlib takes half a second, so only at the end
 
             export(exported, self._evaluated(), self.materials.words, self._provenance())
             if not any(event["event"] == "end" for event in self.journal.events):
                 self.journal.write("end", self.step, seconds=self._elapsed(), best=self.best)
-            write_report(self.folder, self.recipe, self.model, self.plan, self.journal.events)
+            write_report(self.folder, self.recipe, self.model, self.plan, self.journal.events, written, self.materials)
         return Result(self.step, self.folder, exported, self.best, None, self.journal.events)
 
     def _train_step(self, batches: Iterator[tuple[Batch, Position]]) -> None:
@@ -305,12 +312,14 @@ class Run:
         try:
             with self.stop.breakable(world_size() == 1):
                 found = validate(self._evaluated(), self.materials, self.recipe)
+                self.written = self._write_captions(self.recipe.validation.captions)
         except Interrupted:
             self.agreed_stop = True
             return
         self.validated = self.step
         recalls = {"towers": found.towers, "reranked": found.reranked}
-        self.journal.write("validation", self.step, epoch=self.plan.epochs(self.step), **recalls)
+        captions = {} if self.written is None else {"captions": self.written.metrics}
+        self.journal.write("validation", self.step, epoch=self.plan.epochs(self.step), **recalls, **captions)
         mean = found.best["r_mean"]
         better = not self.best or mean > self.best["r_mean"]
         self.journal.say(f"step {self.step}: mean recall {mean:.2f} %" + (", the best so far" if better else ""))
@@ -319,6 +328,10 @@ class Run:
             if rank() == 0:
                 export(self.folder / "best", self._evaluated(), self.materials.words, self._provenance())
         self.interval.began += time.perf_counter() - began  # rates speak of training alone
+
+    def _write_captions(self, limit: int) -> CaptioningResult | None:
+        """Captions of the first validation pictures, where the model writes some and there are pictures."""
+        return validate_captions(self._evaluated(), self.materials, self.recipe, limit)
 
     def _save_if_due(self) -> None:
         ends = self.step in (0, self.plan.steps) or self.agreed_stop or self.agreed_save
@@ -379,6 +392,7 @@ class Run:
             workers=workers,
             errors=self.errors,
             mixgen=mixtures(self.recipe, self.materials),
+            beside=self.beside,
         )
 
     def _networks(self) -> list[nn.Module]:
