@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -41,6 +42,16 @@ class Shown:
     picture: PictureSource
     caption: str = ""
     good: bool | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts: how many lie between two of the ``edges``, which are one more; x: what is counted; log: of the x axis."""
+
+    edges: Sequence[float]
+    counts: Sequence[float]
+    x: str = ""
+    log: bool = False
 
 
 class Report:
@@ -76,9 +87,15 @@ class Report:
         return self._add(Markup("<dl>{}</dl>").format(rows))
 
     def table(
-        self, headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "", best: Sequence[int] = ()
+        self,
+        headers: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        caption: str = "",
+        best: Sequence[int] = (),
+        wide: Sequence[int] = (),
     ) -> Report:
-        """First column to the left, the others to the right; in the columns ``best`` the largest numbers are marked."""
+        """First column to the left, the others to the right; in the columns ``best`` the largest numbers are marked;
+        the columns ``wide`` hold running text."""
         cells = [[str(cell) for cell in row] for row in rows]
         if any(len(row) != len(headers) for row in cells):
             raise ValueError(f"a row of the table has not {len(headers)} cells: {headers}")
@@ -86,13 +103,14 @@ class Report:
         body = Markup("").join(
             Markup("<tr>{}</tr>").format(
                 Markup("").join(
-                    Markup('<td class="best">{}</td>' if _is_top(cell, tops.get(i)) else "<td>{}</td>").format(cell)
-                    for i, cell in enumerate(row)
+                    Markup(_cell(i in wide, _is_top(cell, tops.get(i)))).format(cell) for i, cell in enumerate(row)
                 )
             )
             for row in cells
         )
-        head = Markup("").join(Markup("<th>{}</th>").format(h) for h in headers)
+        head = Markup("").join(
+            Markup('<th class="wide">{}</th>' if i in wide else "<th>{}</th>").format(h) for i, h in enumerate(headers)
+        )
         title = Markup("<caption>{}</caption>").format(caption) if caption else ""
         frame = '<div class="scroll"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
         return self._add(Markup(frame).format(title, head, body))
@@ -104,6 +122,16 @@ class Report:
     def charts(self, charts: Mapping[str, Mapping[str, Points]], x: str = "step", y: str = "") -> Report:
         """Line charts side by side, title -> name -> points (x, y); values that are not finite are left out."""
         figures = Markup("").join(_chart(title, series, x, y) for title, series in charts.items())
+        return self._add(Markup('<div class="charts">{}</div>').format(figures))
+
+    def histograms(self, charts: Mapping[str, Histogram], y: str = "") -> Report:
+        """Histograms side by side, by title."""
+        figures = Markup("").join(_histogram(title, histogram, y) for title, histogram in charts.items())
+        return self._add(Markup('<div class="charts">{}</div>').format(figures))
+
+    def bars(self, charts: Mapping[str, Mapping[str, float]]) -> Report:
+        """Horizontal bars side by side: title -> name -> number, of which the largest is as long as the chart."""
+        figures = Markup("").join(_bars(title, values) for title, values in charts.items())
         return self._add(Markup('<div class="charts">{}</div>').format(figures))
 
     def pictures(self, pictures: Iterable[Shown], title: str = "", side: int = 120) -> Report:
@@ -173,6 +201,11 @@ def _markdown(text: str) -> Markup:
     return made
 
 
+def _cell(wide: bool, best: bool) -> str:
+    kind = "wide" if wide else "best" if best else ""
+    return f'<td class="{kind}">{{}}</td>' if kind else "<td>{}</td>"
+
+
 def _number(cell: str) -> float:
     try:
         return float(cell.rstrip("%").strip())
@@ -235,7 +268,12 @@ def _as_image(picture: PictureSource) -> Image.Image:
 
 
 def _chart(title: str, series: Mapping[str, Points], x: str, y: str) -> Markup:
-    svg, names = _svg(title, series, x, y)
+    def draw(axes: Axes) -> None:
+        for i, points in enumerate(series.values()):
+            xs, ys = _thinned(points)
+            axes.plot(xs, ys, color=_COLOURS[i % SERIES], marker="o" if len(xs) < 12 else None, markersize=3)
+
+    svg, names = _svg(f"{title}{list(series)}", draw, x, y), list(series)
     key = Markup("")
     if len(names) > 1:
         key = Markup("").join(
@@ -247,9 +285,34 @@ def _chart(title: str, series: Mapping[str, Points], x: str, y: str) -> Markup:
     return Markup(frame).format(title, Markup(svg), key)
 
 
-def _svg(title: str, series: Mapping[str, Points], x: str, y: str) -> tuple[str, list[str]]:
-    """The chart with the page's colours as variables, and the names of its curves."""
-    salt = hashlib.sha256(f"{title}{list(series)}".encode()).hexdigest()[:8]
+def _histogram(title: str, histogram: Histogram, y: str) -> Markup:
+    def draw(axes: Axes) -> None:
+        axes.set_axisbelow(True)
+        axes.stairs(histogram.counts, histogram.edges, fill=True, color=_COLOURS[0])
+        axes.set_ylim(bottom=0)
+        if histogram.log:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+    svg = _svg(f"{title}{histogram}", draw, histogram.x, y)
+    return Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>').format(title, Markup(svg))
+
+
+def _bars(title: str, values: Mapping[str, float]) -> Markup:
+    most = max(values.values(), default=0)
+    rows = Markup("").join(
+        Markup('<span>{}</span><i style="width:{:.1f}%"></i><b>{}</b>').format(
+            name, 100 * value / most if most else 0, f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+        )
+        for name, value in values.items()
+    )
+    frame = '<figure class="chart"><figcaption>{}</figcaption><div class="bars">{}</div></figure>'
+    return Markup(frame).format(title, rows)
+
+
+def _svg(seed: str, draw: Callable[[Axes], None], x: str, y: str) -> str:
+    """What ``draw`` draws, with the page's colours as variables. seed: makes ids that no other chart has."""
+    salt = hashlib.sha256(seed.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
@@ -268,9 +331,7 @@ def _svg(title: str, series: Mapping[str, Points], x: str, y: str) -> tuple[str,
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        for i, points in enumerate(series.values()):
-            xs, ys = _thinned(points)
-            axes.plot(xs, ys, color=_COLOURS[i % SERIES], marker="o" if len(xs) < 12 else None, markersize=3)
+        draw(axes)
         axes.grid(axis="y")
         axes.set_xlabel(x)
         axes.set_ylabel(y)
@@ -284,7 +345,7 @@ def _svg(title: str, series: Mapping[str, Points], x: str, y: str) -> tuple[str,
     svg = svg.replace(_INK, "var(--soft)").replace(_LINE, "var(--line)")
     for i, colour in enumerate(_COLOURS):
         svg = svg.replace(colour, f"var(--s{i})")
-    return re.sub(r'(id="|#)([A-Za-z])', rf"\g<1>{salt}-\g<2>", svg), list(series)
+    return re.sub(r'(id="|#)([A-Za-z])', rf"\g<1>{salt}-\g<2>", svg)
 
 
 def _thinned(points: Points) -> tuple[np.ndarray, np.ndarray]:

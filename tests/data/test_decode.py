@@ -286,8 +286,7 @@ def test_mutated_files_are_read_or_refused() -> None:
     fuzz(1500)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.timeout(3600)
 def test_many_mutated_files_are_read_or_refused() -> None:
     fuzz(100_000)

@@ -1,0 +1,150 @@
+"""`imglish data inspect SOURCE ...`: what there is, what is broken, double or leaking."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imglish.inspection.survey import Portion, Survey
+
+DESCRIPTION = """\
+Read data of any layout (docs/data.md) and tell what there is: counts, sizes, caption lengths, languages, frequent
+words, exact and near duplicates, pictures that stand in several splits, broken items by reason.
+
+  imglish data inspect photos/captions.jsonl
+  imglish data inspect train-shards val-shards --pictures 50000 --out look
+
+Prints tables; writes report.html (with pictures), errors.csv, duplicates.csv and survey.json to the folder --out.
+Near duplicates need the extra: pip install 'imglish[inspect]'.
+"""
+
+
+_ONLY = {"images": "pictures alone were looked at", "texts": "texts alone were looked at", "pairs": ""}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "imglish data inspect", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="file, folder or shards; several are compared like splits")
+    add("--images", help="folder that the picture names are relative to")
+    add("--captions", action="append", default=[], metavar="FIELD", help="field that holds captions (may be repeated)")
+    add("--split-field", default="split", metavar="FIELD", help="field that names the split (default: split)")
+    add("--language", metavar="LANG", help="only captions of this language, where the data name it")
+    add("--needs", choices=("pairs", "images", "texts"), help="default: pairs, else what there is")
+    add("--pictures", type=int, metavar="N", help="read so many pictures of each split, evenly spread (default: all)")
+    add("--workers", type=int, metavar="N", help="processes that read pictures (default: one a core)")
+    add("--out", type=Path, default=Path("inspect-out"), help="folder of the results (default: inspect-out)")
+    add("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Status: 0 done (whatever was found), 1 the disk failed, 2 wrong arguments or nothing that can be read."""
+    arguments = _parser().parse_args(argv)
+    logging.getLogger("imglish.data.errors").setLevel(logging.ERROR)  # everything that is broken is counted and listed
+
+    from imglish.data.errors import DataError
+    from imglish.inspection.page import page_of, text_of
+    from imglish.inspection.survey import survey
+
+    try:
+        portions = [portion for source in arguments.sources for portion in _portions(source, arguments)]
+        found = survey(portions, arguments.pictures, arguments.workers, _progress(arguments.quiet))
+        print(text_of(found))
+        title = ", ".join(dict.fromkeys(_name(source) for source in arguments.sources))
+        out: Path = arguments.out
+        out.mkdir(parents=True, exist_ok=True)
+        _write(found, out)
+        broken = "errors.csv" if found.reasons else None
+        subtitle = f"{found.records:,} records of {', '.join(arguments.sources)}"
+        print(f"report: {page_of(found, f'Data: {title}', subtitle, broken).save(out / 'report.html')}")
+    except DataError as error:
+        print(f"imglish data inspect: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"imglish data inspect: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _name(source: str) -> str:
+    path = Path(source.rstrip("/"))
+    return (
+        path.parent.name if path.stem in ("captions", "metadata", "train", "data") and path.parent.name else path.name
+    )
+
+
+def _portions(source: str, arguments: argparse.Namespace) -> list[Portion]:
+    """A portion for every split that the source names, or one for the whole."""
+    from imglish.data.errors import DataError
+    from imglish.data.sources import open_source
+    from imglish.inspection.survey import Portion
+
+    settings: dict[str, Any] = {
+        "images": arguments.images,
+        "caption_fields": tuple(arguments.captions),
+        "split_field": arguments.split_field,
+        "language": arguments.language,
+        "max_errors": 1.0,  # they are what is looked for
+    }
+    failed: DataError | None = None
+    for needs in (arguments.needs,) if arguments.needs else ("pairs", "images", "texts"):
+        try:
+            # The field of the split in place of that of the group tells which splits there are.
+            whole: Any = open_source(source, **settings, needs=needs, group_field=arguments.split_field)
+        except DataError as error:
+            failed = failed or error
+            continue
+        splits = sorted({record.group for record in whole}, key=lambda name: ("train" not in name.lower(), name))
+        label, note = _name(source), "" if failed is None else f"{_ONLY[needs]}: {failed}"
+        if len(splits) < 2 or len(splits) > 20:
+            name = splits[0] if splits[0] and len(arguments.sources) == 1 and len(splits) == 1 else label
+            return [Portion(name, source, whole, tuple(whole.errors.named), note)]
+        made = []
+        for number, split in enumerate(splits):
+            part: Any = open_source(source, **settings, needs=needs, split=split or "None")
+            name = split if len(arguments.sources) == 1 else f"{label}:{split}"
+            first = (tuple(whole.errors.named), note) if number == 0 else ()
+            made.append(Portion(name or "no split", source, part, *first))
+        return made
+    assert failed is not None
+    raise failed
+
+
+def _progress(quiet: bool) -> Any:
+    from tqdm import tqdm
+
+    def shown(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+        return tqdm(items, desc=what, total=total, disable=True if quiet else None)
+
+    return shown
+
+
+def _write(found: Survey, out: Path) -> None:
+    """errors.csv, duplicates.csv (a number for each group) and survey.json."""
+    problems = [(seen.name, p.reason, p.key, p.message) for seen in found.seen for p in seen.problems]
+    _write_csv(out / "errors.csv", ("split", "reason", "key", "message"), problems)
+    doubles = [
+        (kind, number, found.seen[n].name, found.seen[n].record(i).key)
+        for kind, groups in (("same bytes", found.same), ("look alike", found.near or []))
+        for number, group in enumerate(groups)
+        for n, i in group
+    ]
+    _write_csv(out / "duplicates.csv", ("kind", "group", "split", "key"), doubles)
+    (out / "survey.json").write_text(json.dumps(found.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
