@@ -75,7 +75,7 @@ def test_a_model_of_towers_alone(folder: Path, tmp_path: Path, capsys: pytest.Ca
     [
         (["--model", "nowhere"], "there is no model at nowhere"),
         (["--data", "nothing.jsonl"], "nothing.jsonl"),
-        (["--split", "test"], 'no line has split "test" (there are: train, val)'),
+        (["--split", "test"], 'no row has split "test" (there are: train, val)'),
         (["--images", "no-folder"], "no-folder does not exist"),
         (["--rerank", "-3"], "rerank is -3"),
         (["--batch", "0"], "image_block is 0"),
@@ -88,7 +88,7 @@ def test_bad_input_has_a_message_and_status_2(
 ) -> None:
     assert main([*_arguments(folder), "--out", str(tmp_path / "out"), *change]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_broken_picture_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

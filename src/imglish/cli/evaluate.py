@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imglish.cli.source_options import add_source_options, source_config
 from imglish.cli.writing import add_options, generation_config
 
 if TYPE_CHECKING:
+    from imglish.data.errors import Errors
     from imglish.data.records import Record
 
 DESCRIPTION = """\
@@ -83,10 +85,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     """Which model, which data, which device."""
     add = parser.add_argument
     add("--model", required=True, help="folder of an exported model")
-    add("--data", required=True, help="JSONL or CSV of pictures and captions")
-    add("--images", help="folder that the picture paths are relative to (default: where the file lies)")
-    add("--split", help="only lines with this split")
-    add("--captions", help="field that holds the captions (default: captions or caption)")
+    add("--data", required=True, help="file, folder or URL of pictures and captions, of any layout (docs/data.md)")
+    add_source_options(parser)
     add("--limit", type=int, help="only the first so many pictures")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
 
@@ -97,20 +97,12 @@ def main(argv: Sequence[str]) -> int:
 
     from imglish.checkpoints.native import CheckpointError
     from imglish.data.images import ImageError
-    from imglish.data.records import RecordError
     from imglish.models.capabilities import MissingCapabilityError
     from imglish.training.settings import SettingsError
 
     try:
         return _retrieval(arguments) if arguments.job == "retrieval" else _captioning(arguments)
-    except (
-        CheckpointError,
-        MissingCapabilityError,
-        RecordError,
-        SettingsError,
-        FileNotFoundError,
-        ValueError,
-    ) as error:
+    except (CheckpointError, MissingCapabilityError, SettingsError, FileNotFoundError, ValueError) as error:
         print(f"imglish eval: {error}", file=sys.stderr)
         return 1 if isinstance(error, ImageError) else 2
     except OSError as error:
@@ -145,9 +137,9 @@ def _retrieval(arguments: argparse.Namespace) -> int:
             token_memory=int(arguments.token_memory * 2**30),
         ),
     )
-    records = _records(arguments)
     with process_group(device):
-        result = evaluate_retrieval(loaded.model.to(device), loaded.tokenizer, records, config)
+        records, errors = _records(arguments)
+        result = evaluate_retrieval(loaded.model.to(device), loaded.tokenizer, records, config, errors=errors)
         first = rank() == 0
     if first:
         print(result.text())
@@ -175,11 +167,13 @@ def _captioning(arguments: argparse.Namespace) -> int:
     )
     device = pick_device(arguments.device)
     loaded = load(arguments.model)
-    records = _records(arguments)
     out = Path(arguments.out)
     with process_group(device):
+        records, errors = _records(arguments)
         model = loaded.model.to(device)
-        result = evaluate_captioning(model, loaded.tokenizer, records, config, predictions=out / "predictions.jsonl")
+        result = evaluate_captioning(
+            model, loaded.tokenizer, records, config, predictions=out / "predictions.jsonl", errors=errors
+        )
         first = rank() == 0
     if first:
         print(result.text())
@@ -190,8 +184,12 @@ def _captioning(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _records(arguments: argparse.Namespace) -> list[Record]:
-    from imglish.data.records import read_records
+def _records(arguments: argparse.Namespace) -> tuple[Sequence[Record], Errors]:
+    """The records, and the place for those that turn out to be unusable: ``errors.csv`` in the folder of results."""
+    from imglish.data.errors import FILE, Errors
+    from imglish.data.sources import open_source
+    from imglish.objectives.gather import rank
 
-    captions = {} if arguments.captions is None else {"captions": arguments.captions}
-    return read_records(arguments.data, arguments.images, split=arguments.split, **captions)[: arguments.limit]
+    file = Path(arguments.out) / FILE if rank() == 0 else None
+    records = open_source(source_config(arguments, arguments.data), errors_file=file)
+    return records[: arguments.limit], Errors(arguments.max_errors, file)

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from imglish.data.errors import Errors, Problem
 from imglish.data.pictures import Picture
 from imglish.data.records import Record
 from imglish.evaluation.caption_metrics import NAMES, caption_scores
@@ -19,6 +20,7 @@ from imglish.evaluation.encoding import Machine, device_of, picture_loader
 from imglish.evaluation.ptb import tokenized
 from imglish.evaluation.retrieval import merge_pictures, text_table
 from imglish.evaluation.sharing import blocks, mine
+from imglish.evaluation.unreadable import without
 from imglish.generation.config import CAPTIONS, GenerationConfig
 from imglish.generation.engine import Vocabulary
 from imglish.generation.stream import captions_of
@@ -97,13 +99,15 @@ def evaluate_captioning(
     *,
     load: Callable[[Record], Picture] | None = None,
     predictions: Path | None = None,
+    errors: Errors | None = None,
 ) -> CaptioningResult:
     """Caption the pictures of ``records`` and compare with their captions; under ``torchrun`` all ranks share the work.
 
     load: gives a record's picture in the form that the model takes (default: as its ``config.image`` says);
     predictions: a JSONL file that receives each caption as soon as it is written (one file a rank, numbered after the
-    first). The model is evaluated as ``eval()`` and put back. Raises ``MissingCapabilityError`` for a model that writes
-    no captions and ``ImageError`` for a picture that cannot be read.
+    first). The model is evaluated as ``eval()`` and put back. Pictures that cannot be read are left out and counted in
+    ``errors`` (default: a log, 1 % at most). Raises ``MissingCapabilityError`` for a model that writes no captions and
+    ``ImageError`` for too many unreadable pictures.
     """
     pictures = merge_pictures(records)[0] if records else []
     if not pictures:
@@ -116,9 +120,11 @@ def evaluate_captioning(
     began, training = time.perf_counter(), model.training
     model.eval()
     try:
-        written = _write(model, tokenizer, pictures, load, config, predictions)
+        written, lost = _write(model, tokenizer, pictures, load, config, predictions)
     finally:
         model.train(training)
+    if lost:
+        pictures = without(pictures, lost, Errors() if errors is None else errors)
     captions = [written[record.key] for record in pictures]
     sides = [references[record.image_id] for record in pictures]
     scores = caption_scores(
@@ -156,8 +162,9 @@ def _write(
     load: Callable[[Record], Picture],
     config: CaptioningConfig,
     predictions: Path | None,
-) -> dict[str, dict[str, Any]]:
-    """Key -> caption, score, ended, from all ranks; each rank writes the blocks that are its own."""
+) -> tuple[dict[str, dict[str, Any]], dict[int, Problem]]:
+    """Key -> caption, score, ended, from all ranks, each of which writes the blocks that are its own; and the pictures
+    that could not be read, by ``image_id``."""
     parts = blocks(len(pictures), config.machine.image_block)
     own = [pictures[i] for part in mine(len(parts)) for i in parts[part]]
     device = device_of(model)
@@ -174,6 +181,7 @@ def _write(
         arithmetic=lambda: config.machine.arithmetic(device),
     )
     found: dict[str, dict[str, Any]] = {}
+    lost: dict[int, Problem] = {}
     file = None
     if predictions is not None:
         predictions.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +191,9 @@ def _write(
         with config.machine.bar(len(own), "captions", "picture") as bar:
             for one in stream:
                 if one.problem is not None:
-                    raise one.problem
+                    lost[one.item.image_id] = Problem(one.item.key, one.problem.reason, str(one.problem))
+                    bar.update()
+                    continue
                 best = one.captions[0]
                 found[one.item.key] = {"caption": best.text, "score": best.score, "ended": best.ended}
                 if file is not None:
@@ -196,6 +206,7 @@ def _write(
             file.close()
     if world_size() > 1:
         everyone: list[Any] = [None] * world_size()
-        dist.all_gather_object(everyone, found)
-        found = {key: value for part in everyone for key, value in part.items()}
-    return found
+        dist.all_gather_object(everyone, (found, lost))
+        found = {key: value for part, _ in everyone for key, value in part.items()}
+        lost = {number: problem for _, part in everyone for number, problem in part.items()}
+    return found, lost

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from imglish.data.aspect import AspectTransform
+from imglish.data.errors import Errors, Problem
 from imglish.data.images import ImageTransform
 from imglish.data.pictures import Picture
 from imglish.data.records import Record
@@ -30,6 +31,7 @@ from imglish.evaluation.rerank import (
     nearest,
     pair_scores,
 )
+from imglish.evaluation.unreadable import Tolerant, UnreadablePictures, without
 from imglish.models.capabilities import EncodedTexts, Matches, can, has_towers
 
 UNASKED = 1_000_000  # pairs that a model without towers scores without ``all_pairs``
@@ -90,7 +92,8 @@ class RetrievalResult:
     towers: by dot product, None for a model without towers; reranked: with the first ``rerank`` candidates ordered by
     the fusion, or None (one of the two is there); sweep: k -> the same for smaller k; image_to_image, text_to_text:
     where the data allow; pairs: how many pairs the fusion scored; seconds: wall clock of each part; notes: what was
-    clamped or left out. tower_lists, reranked_lists: for examples, not part of :meth:`to_dict`.
+    clamped or left out; left_out: ``image_id`` of pictures that could not be read. tower_lists, reranked_lists: for
+    examples, not part of :meth:`to_dict`.
     """
 
     images: int
@@ -108,6 +111,7 @@ class RetrievalResult:
     notes: tuple[str, ...]
     tower_lists: Lists | None = field(repr=False, compare=False)
     reranked_lists: Lists | None = field(repr=False, compare=False)
+    left_out: tuple[int, ...] = ()
 
     @property
     def best(self) -> dict[str, float]:
@@ -221,6 +225,7 @@ def evaluate_retrieval(
     records: Sequence[Record],
     config: RetrievalConfig = RetrievalConfig(),
     transform: ImageTransform | AspectTransform | Callable[[Record], Picture] | None = None,
+    errors: Errors | None = None,
 ) -> RetrievalResult:
     """Measure retrieval on ``records``; under ``torchrun`` all ranks call this, share the work and get the result.
 
@@ -228,10 +233,31 @@ def evaluate_retrieval(
     ``(3, H, W)``, patches or regions; left out, as the model's ``config.image`` says.
     Pictures whose records share a ``group`` find each other in picture-to-picture search; without groups there is none.
     The model is evaluated as ``eval()`` and put back. Without a fusion tower the reranking is left out, and said; a
-    model without towers scores every pair. Raises ``MissingCapabilityError`` for a model with neither.
+    model without towers scores every pair. Pictures that cannot be read are left out with their captions and counted in
+    ``errors`` (default: a log, 1 % at most). Raises ``MissingCapabilityError`` for a model with neither, ``ImageError``
+    for too many unreadable pictures.
     """
     if not records:
         raise ValueError("there are no records to evaluate on")
+    errors = Errors() if errors is None else errors
+    load = Tolerant(_loader(model, transform))
+    lost: dict[int, Problem] = {}
+    while True:
+        try:
+            found = _evaluate(model, tokenizer, records, config, load)
+        except UnreadablePictures as unreadable:  # from the start without them, on all ranks
+            lost |= unreadable.lost
+            records = without(records, unreadable.lost, errors)
+            continue
+        if not lost:
+            return found
+        note = f"{len(lost)} pictures cannot be read and are left out with their captions: {errors.summary()}"
+        return replace(found, left_out=tuple(sorted(lost)), notes=(note, *found.notes))
+
+
+def _evaluate(
+    model: nn.Module, tokenizer: Encodes, records: Sequence[Record], config: RetrievalConfig, load: Tolerant
+) -> RetrievalResult:
     pictures, captions, owner = merge_pictures(records)
     notes = [remark] if (remark := beyond(config.ks, min(len(pictures), len(captions)))) else []
     towers = has_towers(model)
@@ -242,8 +268,8 @@ def evaluate_retrieval(
     try:
         with config.machine.store() as store:
             began = time.perf_counter()
-            load = _loader(model, transform)
             features = encode_pictures(model, pictures, load, config.machine, store if k else None)
+            load.check()
             texts = encode_captions(model, captions, tokenizer, config.machine, keep_rows=k > 0)
             encoded = _Encoded(features, texts, owner)
             seconds["encoding"] = time.perf_counter() - began

@@ -51,7 +51,8 @@ def _sweep(report: Report, result: RetrievalResult) -> None:
 
 
 def _examples(report: Report, result: RetrievalResult, records: Sequence[Record], seed: int) -> None:
-    pictures, captions, owner = merge_pictures(records)
+    left_out = set(result.left_out)
+    pictures, captions, owner = merge_pictures([record for record in records if record.image_id not in left_out])
     page = _Page(report, pictures, captions, owner, result.tower_lists, result.reranked_lists)
     best = page.best
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))
