@@ -38,17 +38,17 @@ def captioning_report(
 
 
 def add_captions(
-    report: Report, predictions: Sequence[Prediction], records: Sequence[Record], seed: int = 0, shown: int = SHOWN
+    report: Report, predictions: Sequence[Prediction], records: Sequence[Record], seed: int = 0, extremes: bool = True
 ) -> None:
-    """Pictures with their captions: drawn at random, and those that agree best and worst with the references."""
+    """Pictures with their captions: some drawn at random and, with ``extremes``, those that agree best and worst with
+    the references."""
     pictures = {record.key: record for record in records}
     order = np.random.default_rng(seed).permutation(len(predictions))
-    by_cider = sorted(predictions, key=lambda one: -one.metrics["cider"])
-    sections = {
-        "Captions of pictures drawn at random": [predictions[i] for i in order[:shown]],
-        "Closest to the references (CIDEr-D)": by_cider[:shown],
-        "Furthest from the references": by_cider[::-1][:shown],
-    }
+    sections = {"Captions of pictures drawn at random": [predictions[i] for i in order[:SHOWN]]}
+    if extremes:
+        by_cider = sorted(predictions, key=lambda one: -one.metrics["cider"])
+        sections["Closest to the references (CIDEr-D)"] = by_cider[:SHOWN]
+        sections["Furthest from the references"] = by_cider[::-1][:SHOWN]
     for title, some in sections.items():
         report.heading(title).pictures([_shown(one, pictures[one.key]) for one in some], side=SIDE)
 

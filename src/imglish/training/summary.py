@@ -8,16 +8,30 @@ from typing import Any
 
 from torch import nn
 
+from imglish.evaluation.caption_report import add_captions
+from imglish.evaluation.captions import CaptioningResult
 from imglish.report import Report
 from imglish.training.config import Plan, Recipe
+from imglish.training.setup import Materials
 
 Events = Sequence[Mapping[str, Any]]
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10", "r_mean")
 HEADERS = ["step", "ranking", "text→image R@1", "R@5", "R@10", "image→text R@1", "R@5", "R@10", "mean"]
 
 
-def write_report(folder: Path, recipe: Recipe, model: nn.Module, plan: Plan, events: Events) -> Path:
-    """Write `report.html` of a finished run from what its log holds; returns its path."""
+def write_report(
+    folder: Path,
+    recipe: Recipe,
+    model: nn.Module,
+    plan: Plan,
+    events: Events,
+    written: CaptioningResult | None,
+    materials: Materials,
+) -> Path:
+    """Write `report.html` of a finished run from what its log holds; returns its path.
+
+    written: captions of the model at its end for the first validation pictures of ``materials``, if it writes some.
+    """
     steps = [event for event in events if event["event"] == "step"]
     name = recipe.model.get("name", recipe.model.get("init"))
     report = Report(f"Training of {name}", str(folder))
@@ -25,6 +39,8 @@ def write_report(folder: Path, recipe: Recipe, model: nn.Module, plan: Plan, eve
     _alarms(report, events)
     report.heading("Losses").charts(_loss_charts(steps))
     _validation(report, events)
+    if written is not None:
+        _captions(report, events, written, materials)
     report.heading("Course of the run").charts(_course_charts(steps))
     report.heading("Settings").table(["setting", "value"], flat(recipe.to_dict()))
     return report.save(folder / "report.html")
@@ -103,3 +119,18 @@ def _validation(report: Report, events: Events) -> None:
         if event.get(name)
     ]
     report.table(HEADERS, rows, "percent; ties count as misses", best=[HEADERS.index("mean")])
+
+
+def _captions(report: Report, events: Events, written: CaptioningResult, materials: Materials) -> None:
+    """How captions came to agree with those of the validation pictures, and the last of them with their pictures."""
+    found = [event for event in events if event["event"] == "validation" and event.get("captions")]
+    if found:
+        curve = [(float(event["step"]), float(event["captions"]["cider"])) for event in found]
+        report.heading("Captions of the validation pictures").curves({"CIDEr-D": curve}, "CIDEr-D", y="times 100")
+        headers, rows = written.rows()
+        report.table(
+            headers, rows, f"at the end, {written.images} pictures, {written.generation.beams} beams; times 100"
+        )
+    keys = {one.key for one in written.predictions}
+    pictures = [record for record in materials.validation if record.key in keys]
+    add_captions(report, written.predictions, pictures, extremes=bool(found))
