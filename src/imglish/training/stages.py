@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -128,8 +129,8 @@ def _resolve(settings: dict[str, Any], earlier: Mapping[str, Stage], names: Mapp
 def train_stages(stages: Sequence[Stage]) -> Iterator[Result]:
     """Train all stages that are not finished yet, in order; gives the result of each as it ends.
 
-    A signal stops the stage that runs, with a checkpoint, and the rest: the last result then says ``stopped``, and the
-    same call continues. Under ``torchrun`` every process calls this.
+    A signal stops the stage that runs, with a checkpoint, and the stages behind it: the last result then says
+    ``stopped``, and the same call continues. Under ``torchrun`` every process calls this.
     """
     with process_group(pick_device(stages[0].recipe.compute.device)):
         for number, stage in enumerate(stages, 1):
@@ -142,8 +143,11 @@ def train_stages(stages: Sequence[Stage]) -> Iterator[Result]:
             if finished:
                 continue
             result = train(stage.recipe)
-            if world_size() > 1:
-                dist.barrier()  # the first process has exported what the next stage begins with
+            late = torch.tensor(result.signal is not None, dtype=torch.int64)
+            if world_size() > 1:  # after this the first process has exported what the next stage begins with, too
+                dist.all_reduce(late, op=dist.ReduceOp.MAX)
+            if late and number < len(stages):
+                result = replace(result, stopped=result.stopped or result.signal or "a signal")
             yield result
             if result.stopped is not None:
                 return

@@ -63,7 +63,8 @@ SHOWN = 12  # pictures with captions in the report of a model that writes some
 class Result:
     """step: steps done; output: folder of the run; model: folder of the exported model, None when the run was stopped
     before its end; best: step and recalls of the best validation, empty without one; stopped: name of the signal that
-    stopped the run; events: everything that was logged (on the first process)."""
+    stopped the run; events: everything that was logged (on the first process); signal: name of a signal that came,
+    perhaps too late to stop the run."""
 
     step: int
     output: Path
@@ -71,6 +72,7 @@ class Result:
     best: dict[str, Any]
     stopped: str | None
     events: list[dict[str, Any]] = field(repr=False)
+    signal: str | None = None
 
 
 def train(
@@ -216,7 +218,7 @@ class Run:
             if not any(event["event"] == "end" for event in self.journal.events):
                 self.journal.write("end", self.step, seconds=self._elapsed(), best=self.best)
             write_report(self.folder, self.recipe, self.model, self.plan, self.journal.events, written, self.materials)
-        return Result(self.step, self.folder, exported, self.best, None, self.journal.events)
+        return Result(self.step, self.folder, exported, self.best, None, self.journal.events, self.stop.came)
 
     def _train_step(self, batches: Iterator[tuple[Batch, Position]]) -> None:
         began = time.perf_counter()
