@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imglish.report import Report, Shown, embed
+from imglish.report import Histogram, Report, Shown, embed
 
 VOID = {"meta", "img", "br", "path", "use", "rect", "link", "input"}
 
@@ -117,3 +117,22 @@ def test_saving_makes_the_folder_and_leaves_one_file(tmp_path: Path) -> None:
     path = Report("t").save(tmp_path / "new" / "report.html")
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_bars_and_histograms_are_drawn_and_escaped() -> None:
+    page = (
+        Report("T")
+        .bars({"<b>": {"a<b": 2, "c": 1.5}, "one": {"x": 4}, "two": {"y": 1}}, alike=["one", "two"])
+        .histograms({"H": Histogram([0, 1, 2], [3, 4], "pixels"), "L": Histogram([1, 2, 4], [1, 0], log=True)}, "n")
+        .html()
+    )
+    checker = _Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert len(checker.ids) == len(set(checker.ids))
+    assert "&lt;b&gt;" in page
+    assert "a&lt;b" in page
+    assert 'style="width:75.0%"' in page
+    assert 'style="width:25.0%"' in page  # on the scale of the other chart
+    assert page.count("<svg") == 2
+    assert "pixels" in page

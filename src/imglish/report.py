@@ -129,9 +129,12 @@ class Report:
         figures = Markup("").join(_histogram(title, histogram, y) for title, histogram in charts.items())
         return self._add(Markup('<div class="charts">{}</div>').format(figures))
 
-    def bars(self, charts: Mapping[str, Mapping[str, float]]) -> Report:
-        """Horizontal bars side by side: title -> name -> number, of which the largest is as long as the chart."""
-        figures = Markup("").join(_bars(title, values) for title, values in charts.items())
+    def bars(self, charts: Mapping[str, Mapping[str, float]], alike: Sequence[str] = ()) -> Report:
+        """Horizontal bars side by side: title -> name -> number, of which the largest is as long as the chart. Charts
+        whose titles are in ``alike`` have one scale."""
+        most = {title: max(values.values(), default=0) for title, values in charts.items()}
+        most.update(dict.fromkeys(alike, max((most[title] for title in alike), default=0)))
+        figures = Markup("").join(_bars(title, values, most[title]) for title, values in charts.items())
         return self._add(Markup('<div class="charts">{}</div>').format(figures))
 
     def pictures(self, pictures: Iterable[Shown], title: str = "", side: int = 120) -> Report:
@@ -298,8 +301,7 @@ def _histogram(title: str, histogram: Histogram, y: str) -> Markup:
     return Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>').format(title, Markup(svg))
 
 
-def _bars(title: str, values: Mapping[str, float]) -> Markup:
-    most = max(values.values(), default=0)
+def _bars(title: str, values: Mapping[str, float], most: float) -> Markup:
     rows = Markup("").join(
         Markup('<span>{}</span><i style="width:{:.1f}%"></i><b>{}</b>').format(
             name, 100 * value / most if most else 0, f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"

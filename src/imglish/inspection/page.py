@@ -93,8 +93,8 @@ def findings(survey: Survey) -> list[tuple[str, bool]]:
         found += _about(overlap)
     broken = sum(survey.reasons.values())
     if broken:
-        share = 100 * broken / (survey.records + sum(len(seen.portion.problems) for seen in survey.seen))
-        found.append((f"{_number(broken, 'item is', 'items are')} broken ({share:.2g} %)", True))
+        percent = 100 * broken / (survey.records + sum(len(seen.portion.problems) for seen in survey.seen))
+        found.append((f"{_number(broken, 'item is', 'items are')} broken ({percent:.2g} %)", True))
     copies = sum(len(group) - 1 for group in survey.same)
     if copies:
         found.append((f"{_number(copies, 'exact copy', 'exact copies')} of another picture", True))
@@ -345,15 +345,9 @@ def _caption_charts(page: _Page) -> None:
     edges = [edge - 0.5 for edge in range(most + 1)]
     page.report.histograms({"Length": Histogram(edges, counts.tolist(), "words")}, "captions")
     words = common.most_common(40)
-    page.report.bars(
-        {
-            "Languages (a guess by letters and function words)": dict(languages.most_common(8)),
-            "Most frequent words": dict(words[:20]),
-            "and after them": dict(words[20:]),
-        }
-        if len(words) > 20
-        else {"Languages (a guess by letters and function words)": dict(languages.most_common(8)), "Words": dict(words)}
-    )
+    bars = {"Languages (a guess by letters and function words)": dict(languages.most_common(8))}
+    halves = {"Most frequent words": dict(words[:20]), "and after them": dict(words[20:])}
+    page.report.bars(bars | {title: half for title, half in halves.items() if half}, [t for t in halves if halves[t]])
     vocabulary = max(captions.vocabulary for captions in all_of)
     page.report.note(f"{vocabulary:,} different words in the largest split; function words are left out above.")
     if repeated:
