@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import imglish
+from imglish.cli.evaluate import main
 from imglish.data.dataset import PairDataset
 from imglish.data.images import ImageError
 from imglish.data.loader import training_batches
@@ -112,6 +114,22 @@ def test_a_run_over_regions(tmp_path: Path, path: Path) -> None:
     assert probability.shape == (3, 2)
     with pytest.raises(TypeError, match="regions of a detector"):
         model.match([path], ["a thing"])
+
+
+def test_commands_need_no_pictures(tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Captions name pictures that are nowhere: their regions are all that is read."""
+    lines = [json.dumps({"image": record.key, "captions": record.captions}) for record in records()]
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("\n".join(lines))
+    groups = {"data": {"train": str(captions)}, "validation": {"data": str(captions), "limit": 4}}
+    settings = _recipe(tmp_path / "run", path, **groups)
+    settings = replace(settings, validation=replace(settings.validation, regions=str(path)))
+    settings = replace(settings, data=replace(settings.data, regions=str(path)))
+    model = train(settings).model
+    arguments = ["--model", str(model), "--data", str(captions), "--regions", str(path), "--limit", "5"]
+    assert main(["retrieval", *arguments, "--out", str(tmp_path / "eval")]) == 0
+    assert "it has read every pair, 50" in capsys.readouterr().out
+    assert (tmp_path / "eval" / "report.html").is_file()
 
 
 def test_a_missing_region_file_stops_before_any_work(tmp_path: Path) -> None:

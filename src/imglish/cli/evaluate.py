@@ -14,6 +14,7 @@ from imglish.cli.writing import add_options, generation_config
 if TYPE_CHECKING:
     from imglish.data.errors import Errors
     from imglish.data.records import Record
+    from imglish.data.sources import Needs
 
 DESCRIPTION = """\
 Measure retrieval by towers and, where the model has a fusion tower, reranked by it.
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add = retrieval.add_argument
     add("--rerank", type=int, default=32, metavar="K", help="candidates that the fusion scores, 0: none (default: 32)")
     add("--all-pairs", action="store_true", help="the fusion scores every pair (small sets)")
+    add("--regions", metavar="FILE", help="regions of the pictures, for a model that reads these (docs/models.md)")
     add("--sweep", type=_numbers, default=(), metavar="4,8,16", help="also report these smaller k")
     add("--ks", type=_numbers, default=(1, 5, 10), metavar="1,5,10", help="which R@k (default: 1,5,10)")
     add("--score-rule", choices=("itm", "itm_probability", "itm+itc"), help="default: as the checkpoint says")
@@ -112,6 +114,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _retrieval(arguments: argparse.Namespace) -> int:
     from imglish.checkpoints.native import load
+    from imglish.data.regions import RegionFile, region_loader
     from imglish.evaluation.encoding import Machine
     from imglish.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
     from imglish.evaluation.summary import retrieval_report
@@ -139,7 +142,9 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     )
     with process_group(device):
         records, errors = _records(arguments)
-        result = evaluate_retrieval(loaded.model.to(device), loaded.tokenizer, records, config, errors=errors)
+        load_picture = region_loader(RegionFile(arguments.regions)) if arguments.regions else None
+        model = loaded.model.to(device)
+        result = evaluate_retrieval(model, loaded.tokenizer, records, config, load_picture, errors=errors)
         first = rank() == 0
     if first:
         print(result.text())
@@ -191,5 +196,6 @@ def _records(arguments: argparse.Namespace) -> tuple[Sequence[Record], Errors]:
     from imglish.objectives.gather import rank
 
     file = Path(arguments.out) / FILE if rank() == 0 else None
-    records = open_source(source_config(arguments, arguments.data), errors_file=file)
+    needs: Needs = "names" if getattr(arguments, "regions", None) else "pairs"
+    records = open_source(source_config(arguments, arguments.data, needs), errors_file=file)
     return records[: arguments.limit], Errors(arguments.max_errors, file)

@@ -80,7 +80,7 @@ class RegionFile:
         except FileNotFoundError as error:
             raise RegionFileError(f"{path}: does not exist") from error
         except (SafetensorError, KeyError, ValueError) as error:
-            raise RegionFileError(f"{path}: not a region file (see docs/data.md): {error}") from error
+            raise RegionFileError(f"{path}: not a region file (see docs/models.md): {error}") from error
         bounds = self._file.get_tensor("offsets").tolist()
         total = shapes["features"][0]
         if len(shapes["features"]) != 2 or shapes["boxes"] != (total, 4) or len(bounds) != len(keys) + 1:

@@ -51,6 +51,9 @@ def _sweep(report: Report, result: RetrievalResult) -> None:
 
 
 def _examples(report: Report, result: RetrievalResult, records: Sequence[Record], seed: int) -> None:
+    if any(record.image is None for record in records):
+        report.note("the data name their pictures and hold none to show")
+        return
     left_out = set(result.left_out)
     pictures, captions, owner = merge_pictures([record for record in records if record.image_id not in left_out])
     page = _Page(report, pictures, captions, owner, result.tower_lists, result.reranked_lists)

@@ -56,7 +56,7 @@ class DataRecipe:
     with at most ``max_words`` words, in validation too; masking, whole_word: of the MLM objective; swapped: use the
     wrong captions that the records hold as further ITM negatives; texts_only: train on the texts alone, no picture is
     read; patches: how pictures are masked for masked image modelling; regions: file with the regions of the pictures,
-    for models that read these (docs/data.md); pictures_alone, texts_alone: data beside the pairs (give both or none);
+    for models that read these (docs/models.md); pictures_alone, texts_alone: data beside the pairs (give both or none);
     masking_alone: of these texts, which no picture helps.
     """
 

@@ -29,6 +29,7 @@ from imglish.data.sources.base import digest
 from imglish.data.text import clean_caption
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
+from imglish.models.vilt_pictures import RegionInput
 from imglish.models.vit import VisionTransformer
 from imglish.objectives.gather import rank, world_size
 from imglish.training.config import DataRecipe, Recipe
@@ -75,6 +76,8 @@ def gather_materials(
     is then used as it is. ``errors_file``: takes what cannot be used of the data."""
     base, loaded = base_config(recipe)
     needs: Needs = "pairs" if registry.reads_texts(base) else "images"
+    if isinstance(getattr(base, "image", None), RegionInput):
+        needs = "names"
     if recipe.data.texts_only:
         needs = "texts"
         if not registry.reads_texts(base):

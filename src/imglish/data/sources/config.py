@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from imglish.data.errors import DataError
 
 Kind = Literal["table", "list", "coco", "karpathy", "folder", "tars", "parquet", "arrow", "lines", "mixture"]
-Needs = Literal["pairs", "images", "texts"]
+Needs = Literal["pairs", "images", "texts", "names"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NEEDS: tuple[Needs, ...] = get_args(Needs)
 
@@ -57,7 +57,7 @@ class SourceConfig(SourceOptions):
     images: folder that the names of pictures are relative to (None: the usual places beside the file); pictures outside
     of it are refused. split: keep records whose ``split_field`` is one of these: ``train``, ``train+restval``,
     ``not val+test``. needs: what every record must have; with ``images`` captions are left out, with ``texts``
-    pictures. weight: in a mixture.
+    pictures; with ``names`` pictures are named and not looked for (models that read regions). weight: in a mixture.
     """
 
     path: str = field(kw_only=True)

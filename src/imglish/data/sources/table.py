@@ -131,7 +131,7 @@ class Collector:
             counts = np.bincount(record, weights=counts, minlength=len(first)).astype(np.int64)
         return ColumnSource(
             names,
-            None if self.config.needs == "texts" else pictures(names, self, kept),
+            None if self.config.needs in ("texts", "names") else pictures(names, self, kept),
             captions,
             runs(counts),
             swapped if self.any_swapped else None,
