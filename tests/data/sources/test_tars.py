@@ -154,7 +154,7 @@ def test_a_tar_that_changes_or_goes_after_the_index_was_made(tmp_path: Path) -> 
     assert callable(source[3].image)
     time.sleep(0.01)
     tar(folder / "00000.tar", samples(1))
-    with pytest.raises(ImageError, match="has changed since its index was made"):
+    with pytest.raises(ImageError, match="has changed since it was looked through"):
         source[0].image()
     (folder / "00001.tar").unlink()
     with pytest.raises(ImageError, match="does not exist") as raised:

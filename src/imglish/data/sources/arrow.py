@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +19,8 @@ from imglish.data.sources.columns import Texts, numbers
 from imglish.data.sources.config import SourceConfig, in_split
 from imglish.data.sources.fields import ENCODED, IMAGE
 from imglish.data.sources.files import (
+    OpenFiles,
+    Stat,
     allowed_roots,
     escapes,
     inside,
@@ -28,14 +30,17 @@ from imglish.data.sources.files import (
     names_in,
     open_raw,
     parent,
+    status,
 )
 from imglish.data.sources.pictures import FilePictures, Pictures
 from imglish.data.sources.rows import Row
 from imglish.data.sources.table import Collector, ColumnSource, picture_folder
 
+log = logging.getLogger(__name__)
+
 BATCH = 1024  # rows that are turned into Python objects at a time
 KEPT_BYTES = 256 * 2**20  # of decoded row groups that a process keeps
-LARGE_GROUP = 64 * 2**20
+LARGE_GROUP = 64 * 2**20  # bytes of a row group from which on a warning is due
 
 
 def pyarrow() -> Any:
@@ -70,13 +75,17 @@ def _damage(arrow: Any) -> tuple[type[BaseException], ...]:
 
 @dataclass(frozen=True)
 class Table:
-    """One file: parquet, or arrow's stream or file format."""
+    """One file: parquet, or arrow's stream or file format; ``stat``: its state when it was looked through."""
 
     path: str
+    stat: Stat
 
-    @property
-    def is_parquet(self) -> bool:
-        return self.path.lower().endswith(".parquet")
+    @staticmethod
+    def at(path: str) -> Table:
+        found = status(path)
+        if found is None:
+            raise DataError(f"{path} does not exist or is not a file")
+        return Table(path, found)
 
 
 # ---- finding the files ----------------------------------------------------------------------------------------------
@@ -87,14 +96,14 @@ def open_parquet(config: SourceConfig, errors: Errors) -> ColumnSource:
     ``split`` chooses files by the first word of their names."""
     path = config.path
     if not is_folder(path):
-        return _open(config, [Table(path)], errors)
+        return _open(config, [Table.at(path)], errors)
     names = [f"{folder}{name}" for folder in _folders(path) for name in names_in(join(path, folder))]
     found = [name for name in names if name.endswith(".parquet")]
     if config.split is not None and any(in_split(config.split, _split_of(name)) for name in found):
         found = [name for name in found if in_split(config.split, _split_of(name))]
         config = _without_split(config)
     _confine(path, found)
-    return _open(config, [Table(join(path, name)) for name in found], errors)
+    return _open(config, [Table.at(join(path, name)) for name in found], errors)
 
 
 def _folders(path: str) -> list[str]:
@@ -114,7 +123,7 @@ def open_arrow(config: SourceConfig, errors: Errors) -> ColumnSource:
     folder for each split; or one ``.arrow`` file."""
     path = config.path
     if not is_folder(path):
-        return _open(config, [Table(path)], errors)
+        return _open(config, [Table.at(path)], errors)
     if "dataset_dict.json" in names_in(path):
         splits = [name for name in names_in(path) if is_folder(join(path, name))]
         chosen = [name for name in splits if in_split(config.split, name)]
@@ -125,7 +134,7 @@ def open_arrow(config: SourceConfig, errors: Errors) -> ColumnSource:
     else:
         found = _arrow_files(path)
     _confine(path, found)
-    return _open(config, [Table(join(path, name)) for name in found], errors)
+    return _open(config, [Table.at(join(path, name)) for name in found], errors)
 
 
 def _arrow_files(folder: str) -> list[str]:
@@ -178,7 +187,7 @@ def _open(config: SourceConfig, tables: list[Table], errors: Errors) -> ColumnSo
 
 def _rows(arrow: Any, table: Table, number: int, config: SourceConfig) -> Iterator[Row]:
     """Rows of one file; a column with pictures is not read."""
-    handle = _handle(table)
+    handle = _OPEN.get(table.path, table.stat)
     holder = None if config.needs == "texts" else _holder(arrow, handle.schema, config)
     columns = [name for name in handle.schema.names if not _holds_bytes(arrow, handle.schema.field(name).type)]
     count = 0
@@ -211,6 +220,7 @@ class _Parquet:
         self.schema = self.file.schema_arrow
         meta = self.file.metadata
         self.ends = np.cumsum([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
+        self.path, self._warned = path, False
         self._groups: OrderedDict[tuple[int, str], Any] = OrderedDict()
         self._lock = Lock()
 
@@ -223,7 +233,15 @@ class _Parquet:
         with self._lock:  # a parquet file has one reader
             key = (group, column)
             if key not in self._groups:
-                self._groups[key] = self.file.read_row_group(group, columns=[column]).column(0)
+                self._groups[key] = found = self.file.read_row_group(group, columns=[column]).column(0)
+                if found.nbytes > LARGE_GROUP and not self._warned:
+                    self._warned = True
+                    log.warning(
+                        "%s has row groups of %d MiB, and each picture read at random costs a whole one; to train on "
+                        "them write them with `imglish data shard`",
+                        self.path,
+                        found.nbytes >> 20,
+                    )
                 while len(self._groups) > 1 and sum(c.nbytes for c in self._groups.values()) > KEPT_BYTES:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(key)
@@ -257,17 +275,11 @@ class _Arrow:
         return self.parts[part].column(column)[row - first].as_py()
 
 
-_OPEN: dict[tuple[int, str], _Parquet | _Arrow] = {}
-_LOCK = Lock()
+def _opened(path: str) -> _Parquet | _Arrow:
+    return _Parquet(path) if path.lower().endswith(".parquet") else _Arrow(path)
 
 
-def _handle(table: Table) -> _Parquet | _Arrow:
-    """The open file, one for each process."""
-    key = (os.getpid(), table.path)
-    with _LOCK:
-        if key not in _OPEN:
-            _OPEN[key] = _Parquet(table.path) if table.is_parquet else _Arrow(table.path)
-        return _OPEN[key]
+_OPEN: OpenFiles[_Parquet | _Arrow] = OpenFiles(_opened)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -298,7 +310,7 @@ class TablePicture:
         where = f"{self.table.path}:{self.row}"
         arrow = pyarrow()
         try:
-            value = _handle(self.table).cell(self.column, self.row)
+            value = _OPEN.get(self.table.path, self.table.stat).cell(self.column, self.row)
         except FileNotFoundError as error:
             raise ImageError(f"{where}: the file does not exist", "missing") from error
         except _damage(arrow) as error:

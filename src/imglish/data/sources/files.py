@@ -6,12 +6,14 @@ import gzip
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from threading import Lock
+from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 from imglish.data.errors import DataError
 from imglish.data.images import ImageError
@@ -218,3 +220,37 @@ class StoredFile:
         if len(data) > MAX_FILE:
             raise ImageError(f"{self.name}: the file is larger than {MAX_FILE >> 20} MiB", "too large")
         return data
+
+
+T = TypeVar("T")
+
+
+class OpenFiles(Generic[T]):
+    """What this process has opened, the least recently used given up when they are more than ``most``.
+
+    open: opens a path. A file that is not as its ``Stat`` says is an ``OSError``: places in it mean nothing any more.
+    """
+
+    def __init__(self, open: Callable[[str], T], most: int = 64) -> None:
+        self._open, self._most = open, most
+        self._lock = Lock()
+        self._held: OrderedDict[tuple[int, str, Stat], T] = OrderedDict()
+
+    def get(self, path: str, stat: Stat) -> T:
+        """What stays open as long as the caller holds it."""
+        name = (os.getpid(), path, stat)
+        with self._lock:
+            if name in self._held:
+                self._held.move_to_end(name)
+                return self._held[name]
+        now = status(path)
+        if now is None:
+            raise FileNotFoundError(path)
+        if now != stat:
+            raise OSError("the file has changed since it was looked through; open the source anew")
+        opened = self._open(path)
+        with self._lock:
+            self._held[name] = opened
+            while len(self._held) > self._most:
+                self._held.popitem(last=False)
+        return opened

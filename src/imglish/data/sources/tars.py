@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from threading import Lock
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -24,6 +22,7 @@ from imglish.data.sources.columns import runs
 from imglish.data.sources.config import SourceConfig
 from imglish.data.sources.files import (
     MAX_FILE,
+    OpenFiles,
     Stat,
     allowed_roots,
     escapes,
@@ -42,7 +41,6 @@ from imglish.data.sources.rows import Row, parse_object
 from imglish.data.sources.table import Collector
 from imglish.data.sources.tar_scan import Member, scan
 
-OPEN_FILES = 64  # tars that a process keeps open
 MAX_TEXT = 4 * 2**20  # bytes of a member with text
 TEXTS = (".txt", ".json")
 
@@ -240,7 +238,7 @@ class TarPicture:
                 files = remote(self.shard.path)
                 data = cast(bytes, files.cat_file(self.shard.path, self.offset, self.offset + self.size))
             else:
-                data = os.pread(_HANDLES.file(self.shard).fileno(), self.size, self.offset)
+                data = os.pread(_OPEN.get(self.shard.path, self.shard.stat).fileno(), self.size, self.offset)
         except FileNotFoundError as error:
             raise ImageError(f"{where}: the tar file does not exist", "missing") from error
         except OSError as error:
@@ -250,29 +248,4 @@ class TarPicture:
         return data
 
 
-class _Handles:
-    """Open tars of this process, the least recently used closed when they are many."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._files: OrderedDict[tuple[int, str], BinaryIO] = OrderedDict()
-
-    def file(self, shard: Shard) -> BinaryIO:
-        """A file that stays open as long as the caller holds it; ``OSError`` if it is not as it was indexed."""
-        name = (os.getpid(), shard.path)
-        with self._lock:
-            if name in self._files:
-                self._files.move_to_end(name)
-                return self._files[name]
-        file = open_raw(shard.path)
-        here = os.fstat(file.fileno())
-        if Stat(here.st_size, str(here.st_mtime_ns)) != shard.stat:
-            raise OSError("the tar file has changed since its index was made; open the source anew")
-        with self._lock:
-            self._files[name] = file
-            while len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        return file
-
-
-_HANDLES = _Handles()
+_OPEN: OpenFiles[BinaryIO] = OpenFiles(open_raw)
