@@ -10,6 +10,7 @@ import pytest
 from imglish.training.config import plan, read_recipe, recipe_from
 from imglish.training.settings import SettingsError, lay_over
 from imglish.training.setup import base_config, gather_materials
+from imglish.training.stages import is_pipeline, read_stages
 from imglish.training.trainer import train
 from tests.training.support import recipe, records
 
@@ -146,8 +147,9 @@ def test_wrong_data_and_tokenizers_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_the_recipes_of_the_project_can_run(path: Path) -> None:
-    made = read_recipe(path)
-    config, _ = base_config(made)
-    queue = getattr(getattr(config, "teacher", None), "queue_size", 0)
-    pairs = 14_000_000 if path.name.endswith("-pretrain.yaml") else 6000
-    assert plan(made, pairs, queue_size=queue).steps > made.schedule.warmup_steps
+    parts = [stage.recipe for stage in read_stages(path)] if is_pipeline(path) else [read_recipe(path)]
+    for made in parts:
+        config, _ = base_config(made)
+        queue = getattr(getattr(config, "teacher", None), "queue_size", 0)
+        pairs = 6000 if path.name.startswith("flickr8k-") else 14_000_000
+        assert plan(made, pairs, queue_size=queue).steps > made.schedule.warmup_steps
