@@ -34,17 +34,20 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def measure(contenders: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, Measured]:
+def measure(
+    contenders: dict[str, Callable[[], object]], repeats: int, device: str, peaks: bool = True
+) -> dict[str, Measured]:
     """Run every contender once to warm up and find its peak memory, then all of them in turn, ``repeats`` times.
 
-    Taking turns lets a busy machine slow all of them alike.
+    Taking turns lets a busy machine slow all of them alike. ``peaks=False`` leaves out the memory: on a CPU the
+    profiler needs minutes for a run of very many small operations.
     """
-    peaks = {name: _peak(run, device) for name, run in contenders.items()}
+    found = {name: _peak(run, device) if peaks else _warmed(run) for name, run in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, run in contenders.items():
             seconds[name].append(_timed(run, device))
-    return {name: Measured(statistics.median(seconds[name]), peaks[name]) for name in contenders}
+    return {name: Measured(statistics.median(seconds[name]), found[name]) for name in contenders}
 
 
 def _synchronize(device: str) -> None:
@@ -58,6 +61,11 @@ def _timed(run: Callable[[], object], device: str) -> float:
     run()
     _synchronize(device)
     return time.perf_counter() - start
+
+
+def _warmed(run: Callable[[], object]) -> int:
+    run()
+    return 0
 
 
 def _peak(run: Callable[[], object], device: str) -> int:
