@@ -19,6 +19,7 @@ from imglish.data.records import ImageSource
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
+MAX_SCANS = 200  # of a progressive JPEG, each of which decodes the whole picture once more; usual are 10
 CACHE_MARGIN = 1.25  # pictures are kept this much larger than the crop, so that random crops stay real
 Detail = Literal["full", "good", "fast"]
 Reason = Literal[
@@ -112,6 +113,8 @@ def decode_sized(
             return image, image.size
         with Image.open(_stream(source, name), formats=FORMATS) as image:
             _check_size(image, name, max_pixels)
+            if isinstance(source, bytes) and image.format == "JPEG" and source.count(b"\xff\xda") > MAX_SCANS:
+                raise ImageError(f"{name}: a JPEG of more than {MAX_SCANS} scans", "too large")
             orientation = _orientation(image)
             sideways = orientation in (5, 6, 7, 8)
             width, height = image.size[::-1] if sideways else image.size

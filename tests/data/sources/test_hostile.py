@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from imglish.data.errors import DataError
 from imglish.data.images import ImageError, decode
@@ -187,3 +189,14 @@ def test_mixtures_that_cannot_be(tmp_path: Path, text: str, why: str) -> None:
     path.write_text(text)
     with pytest.raises(DataError, match=why):
         open_source(path)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    assert decode(data).size == (64, 64)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match="a JPEG of more than 200 scans") as raised:
+        decode(data[:-2] + data[last:-2] * 300 + b"\xff\xd9")
+    assert raised.value.reason == "too large"
