@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from imglish.data.batch import Batch, TextBatch
 from imglish.models import registry
 from imglish.models.capabilities import Embedded, EncodesImages, EncodesTexts, Matches, Trainable
-from imglish.models.clip import CONFIGS, Clip, ClipConfig, ResNetConfig, TextConfig, clip_tiny
+from imglish.models.clip import CONFIGS, Clip, ClipConfig, ResNetConfig, clip_tiny
+from imglish.models.text_towers import TextConfig
 from imglish.models.vit import CLIP_MEAN, CLIP_STD, ImageInput, VitConfig
 from imglish.nn.segments import Segments
 

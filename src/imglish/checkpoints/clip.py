@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from imglish.checkpoints.rules import TRANSPOSE, Converted, Drop, Rule, Table
-from imglish.models.clip import ClipConfig, ResNetConfig, TextConfig, clip_vit
+from imglish.models.clip import ClipConfig, ResNetConfig, clip_vit
 from imglish.models.coca import CocaConfig
+from imglish.models.text_towers import TextConfig
 from imglish.models.vit import ImageInput, VitConfig
 from imglish.nn.resnet import STRIDE
 

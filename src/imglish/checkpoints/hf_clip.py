@@ -11,7 +11,8 @@ from torch import Tensor
 
 from imglish.checkpoints.clip import skeleton
 from imglish.checkpoints.rules import Converted, Drop, Rule, Table
-from imglish.models.clip import ClipConfig, TextConfig, clip_vit
+from imglish.models.clip import ClipConfig, clip_vit
+from imglish.models.text_towers import TextConfig
 from imglish.nn.blocks import Activation
 
 

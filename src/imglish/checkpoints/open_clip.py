@@ -16,7 +16,8 @@ from torch import Tensor
 
 from imglish.checkpoints.clip import resnet_rules, skeleton, text_rules, vit_rules
 from imglish.checkpoints.rules import Converted, Rule, Table, Transform
-from imglish.models.clip import ClipConfig, ResNetConfig, TextConfig, clip_vit
+from imglish.models.clip import ClipConfig, ResNetConfig, clip_vit
+from imglish.models.text_towers import TextConfig
 from imglish.models.vit import ImageInput, VitConfig
 from imglish.nn.blocks import Activation
 from imglish.nn.embed import resize_grid, resize_line
@@ -201,6 +202,7 @@ def table(config: ClipConfig, custom_text: bool) -> Table:
         return scalars + text + resnet_rules()
     if config.pool == "map":
         return scalars + text + _TRUNK
+    assert isinstance(config.vision, VitConfig)
     return scalars + text + vit_rules("vision.norm" if config.vision.norm_after else "image_norm")
 
 

@@ -3,6 +3,8 @@
 picture -> ViT or ResNet -> one vector --+
                                          +--> similarity of every picture with every text -> ITC, sigmoid or hinges
 text    -> Transformer   -> one vector --+
+
+Older dual encoders with other towers or a momentum teacher are settings too: see :mod:`imglish.models.dual`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from torch import Tensor, nn
 
 from imglish.data.batch import Batch, TextBatch
 from imglish.models.capabilities import Embedded, EncodedImages, EncodedTexts
+from imglish.models.text_towers import BertConfig, BertTower, GruConfig, GruTower, TextConfig, TextTower
 from imglish.models.vit import ImageInput, VisionTransformer, VitConfig
-from imglish.nn.blocks import Activation, Block, BlockConfig
+from imglish.nn.blocks import Activation, Block
+from imglish.nn.efficientnet import EfficientNet
 from imglish.nn.pool import LatentPool
 from imglish.nn.resnet import ModifiedResNet
-from imglish.nn.segments import Rows, Segments
 from imglish.objectives.itc import hinge_loss, itc_loss, siglip_loss
+from imglish.objectives.momentum import MomentumTeacher, TeacherConfig, distilled_itc
 
 
 @dataclass(frozen=True)
@@ -37,27 +41,14 @@ class ResNetConfig:
 
 
 @dataclass(frozen=True)
-class TextConfig:
-    """The text Transformer, pre-norm.
+class EfficientNetConfig:
+    """An EfficientNet, whose defaults are B0. width_factor, depth_factor: 2.0 and 3.1 in B7; top: channels of the last
+    convolution, which is widened too, or None."""
 
-    causal: tokens see only what is before them. pool: the row that becomes the text's vector, "end" (the last token
-    given, CLIP's end token), "first", or "last" (the last row after filling). padded: texts are filled up to the
-    model's ``max_length`` with ``pad_id``, which is read like a word (SigLIP); otherwise no padding is computed.
-    projection: to the joint space, without or with bias, or none.
-    """
-
-    width: int = 512
-    depth: int = 12
-    heads: int = 8
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-5
-    activation: Activation = "quick_gelu"
-    layer_scale: float | None = None
-    causal: bool = True
-    pool: Literal["end", "first", "last"] = "end"
-    padded: bool = False
-    pad_id: int = 0
-    projection: Literal["linear", "bias", "none"] = "linear"
+    image: ImageInput = field(default_factory=lambda: ImageInput(resize="center"))
+    width_factor: float = 1.0
+    depth_factor: float = 1.0
+    top: int | None = 1280
 
 
 def clip_vit(
@@ -85,11 +76,14 @@ class ClipConfig:
     with ``norm_after=False`` gets its last LayerNorm behind the pooling. image_projection: False leaves the pooled
     vector as it is. loss: "itc" (InfoNCE), "siglip" (sigmoid) or "hinge" (VSE++, with ``margin``). temperature:
     initial, learned; logit_bias: initial bias on the logits, learned, or None. chunk: rows of the similarity matrix
-    computed at a time (None: all), so that memory does not grow with the square of the batch.
+    computed at a time (None: all), so that memory does not grow with the square of the batch. teacher: momentum
+    copies of both towers with a queue, whose features the ITC then compares with (WenLan), or None.
     """
 
-    vision: VitConfig | ResNetConfig = field(default_factory=lambda: clip_vit(224, 32, 768, 12, 12))
-    text: TextConfig = field(default_factory=TextConfig)
+    vision: VitConfig | ResNetConfig | EfficientNetConfig = field(
+        default_factory=lambda: clip_vit(224, 32, 768, 12, 12)
+    )
+    text: TextConfig | BertConfig | GruConfig = field(default_factory=TextConfig)
     vocab_size: int = 49408
     max_length: int = 77
     embed_dim: int = 512
@@ -100,12 +94,18 @@ class ClipConfig:
     logit_bias: float | None = None
     margin: float = 0.2
     chunk: int | None = 512
+    teacher: TeacherConfig | None = None
 
     family: ClassVar[str] = "clip"
 
     @property
     def image(self) -> ImageInput:
         return self.vision.image
+
+    @property
+    def several_captions(self) -> bool:
+        """Whether a batch may have several captions a picture."""
+        return self.teacher is None
 
     def __post_init__(self) -> None:
         if isinstance(self.vision, VitConfig):
@@ -115,82 +115,15 @@ class ClipConfig:
                 raise ValueError(f"without projection, vision.width {self.vision.width} must be embed_dim")
         if self.text.projection == "none" and self.text.width != self.embed_dim:
             raise ValueError(f"without projection, text.width {self.text.width} must be embed_dim {self.embed_dim}")
-        if self.text.pool == "last" and not self.text.padded:
+        if isinstance(self.text, TextConfig) and self.text.pool == "last" and not self.text.padded:
             raise ValueError('text.pool="last" is the last row of padded texts; unpadded texts end at "end"')
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}, it must be positive")
+        if self.teacher is not None and self.loss != "itc":
+            raise ValueError(f'a momentum teacher goes with loss="itc", not with {self.loss!r}')
 
     def build(self) -> Clip:
         return Clip(self)
-
-
-class TextTower(nn.Module):
-    """Packed token ids to packed states, or to the one row of each text that is read."""
-
-    def __init__(self, config: TextConfig, vocab_size: int, max_length: int) -> None:
-        super().__init__()
-        self.config = config
-        self.words = nn.Embedding(vocab_size, config.width)
-        self.positions = nn.Parameter(torch.zeros(max_length, config.width))
-        block = BlockConfig(
-            width=config.width,
-            heads=config.heads,
-            hidden=int(config.width * config.mlp_ratio),
-            norm_eps=config.norm_eps,
-            activation=config.activation,
-            layer_scale=config.layer_scale,
-        )
-        self.blocks = nn.ModuleList(block.build() for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-
-    def forward(self, texts: TextBatch) -> Tensor:
-        """``(T,)`` ids -> ``(T, D)`` states of all tokens, as they are given (nothing is filled up)."""
-        rows = self.embed(texts)
-        for block in self.blocks:
-            rows = block(rows, texts.segments, causal=self.config.causal)
-        states: Tensor = self.norm(rows)
-        return states
-
-    def pooled(self, texts: TextBatch) -> Tensor:
-        """The vector of each text, ``(N, D)``; the last block computes the N rows that are read."""
-        device, given, causal = texts.ids.device, texts.segments, self.config.causal
-        if self.config.padded:
-            texts = self._filled(texts)
-        segments, rows = texts.segments, self.embed(texts)
-        for block in self.blocks[:-1]:
-            rows = block(rows, segments, causal=causal)
-        read_last = self.config.pool == "last" or (self.config.pool == "end" and not self.config.padded)
-        if read_last:
-            index = segments.ends(device)
-        else:
-            index = segments.starts(device)
-            if self.config.pool == "end":  # the end token stands in front of the filling
-                index = index + given.ends(device) - given.starts(device)
-        if causal and not read_last:  # what is read does not see all keys: compute the whole block
-            rows = self.blocks[-1](rows, segments, causal=True)[index]
-        else:
-            read = Rows(index, Segments.equal(segments.count, 1))
-            rows = self.blocks[-1](rows, segments, causal=causal, read=read)
-        states: Tensor = self.norm(rows)
-        return states
-
-    def embed(self, texts: TextBatch) -> Tensor:
-        if texts.segments.longest > self.positions.shape[0]:
-            raise ValueError(
-                f"a text has {texts.segments.longest} tokens, the model takes {self.positions.shape[0]}: "
-                "tokenize with a smaller max_length"
-            )
-        rows: Tensor = self.words(texts.ids) + self.positions[texts.segments.positions(texts.ids.device)]
-        return rows
-
-    def _filled(self, texts: TextBatch) -> TextBatch:
-        device, length = texts.ids.device, self.positions.shape[0]
-        segments = texts.segments
-        if segments.longest > length:
-            raise ValueError(f"a text has {segments.longest} tokens, the model takes {length}")
-        ids = texts.ids.new_full((segments.count * length,), self.config.pad_id)
-        place = segments.indices(device) * length + segments.positions(device)
-        return TextBatch(ids.index_copy(0, place, texts.ids), Segments.equal(segments.count, length))
 
 
 class Clip(nn.Module):
@@ -202,7 +135,7 @@ class Clip(nn.Module):
         super().__init__()
         self.config = config
         vision = config.vision
-        self.vision: VisionTransformer | ModifiedResNet
+        self.vision: VisionTransformer | ModifiedResNet | EfficientNet
         self.image_pool: nn.Module = nn.Identity()
         self.image_norm: nn.Module = nn.Identity()
         self.image_proj: nn.Module = nn.Identity()
@@ -215,12 +148,19 @@ class Clip(nn.Module):
                 self.image_norm = nn.LayerNorm(vision.width, eps=vision.norm_eps)
             if config.image_projection:
                 self.image_proj = nn.Linear(vision.width, config.embed_dim, bias=False)
+        elif isinstance(vision, EfficientNetConfig):
+            image = vision.image
+            self.vision = EfficientNet(vision.width_factor, vision.depth_factor, vision.top, image.mean, image.std)
+            if config.image_projection:
+                self.image_proj = nn.Linear(self.vision.outputs, config.embed_dim)
+            elif self.vision.outputs != config.embed_dim:
+                raise ValueError(f"without projection, embed_dim must be the tower's {self.vision.outputs}")
         else:  # the attention pooling of the ResNet projects already
             image = vision.image
             self.vision = ModifiedResNet(
                 vision.layers, vision.width, vision.heads, config.embed_dim, image.size, image.mean, image.std
             )
-        self.text = TextTower(config.text, config.vocab_size, config.max_length)
+        self.text: TextTower | BertTower | GruTower = config.text.build(config.vocab_size, config.max_length)
         self.text_proj: nn.Module = nn.Identity()
         if config.text.projection != "none":
             self.text_proj = nn.Linear(config.text.width, config.embed_dim, bias=config.text.projection == "bias")
@@ -228,8 +168,10 @@ class Clip(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias)) if config.logit_bias is not None else None
         _init(self)
 
-    def make_teacher(self) -> None:
-        """CLIP is trained without a momentum teacher."""
+    def make_teacher(self) -> MomentumTeacher[Clip] | None:
+        """The momentum copy with its queue, where the configuration has one; CLIP has none."""
+        teacher = self.config.teacher
+        return None if teacher is None else MomentumTeacher(self, teacher, self.config.embed_dim)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -248,7 +190,7 @@ class Clip(nn.Module):
 
     def project_image(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, E)`` before normalisation."""
-        if isinstance(self.vision, ModifiedResNet):
+        if not isinstance(self.vision, VisionTransformer):
             pooled = self.vision(images)
         elif self.config.pool == "class":
             pooled = self.vision(images, class_only=True)
@@ -270,14 +212,22 @@ class Clip(nn.Module):
         return self.losses(batch, teacher, feature_grads)
 
     def embed(self, batch: Batch, teacher: Any = None) -> Embedded:
-        """Features of both towers."""
-        image, text = self.encode_images(batch.squares), self.encode_texts(batch.texts)
-        return Embedded(image.features, text.features, batch.image_ids)
+        """Features of both towers, and of the teacher's where there is one."""
+        image, text = self.encode_images(batch.squares).features, self.encode_texts(batch.texts).features
+        if self.config.teacher is None:
+            return Embedded(image, text, batch.image_ids)
+        with torch.no_grad():
+            theirs = _needed(teacher).model
+            image_m, text_m = theirs.encode_images(batch.squares), theirs.encode_texts(batch.texts)
+        return Embedded(image, text, batch.image_ids, image_m.features, text_m.features)
 
     def contrast(self, embedded: Embedded, teacher: Any = None) -> dict[str, Tensor]:
         """The contrastive loss over the batch of all ranks; captions of one picture are positives of each other."""
         image, text, ids = embedded.image, embedded.text, embedded.image_ids
         scale, config = self.logit_scale.exp(), self.config
+        if config.teacher is not None:
+            found = distilled_itc(image, text, *embedded.momentum(), ids, 1 / scale, _needed(teacher))
+            return {"itc": found.loss, "metric/logit_scale": scale.detach()}
         if config.loss == "itc":
             return {"itc": itc_loss(image, text, scale, ids, config.chunk), "metric/logit_scale": scale.detach()}
         if config.loss == "siglip":
@@ -287,16 +237,24 @@ class Clip(nn.Module):
 
     def losses(self, batch: Batch, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
         """One training step's loss; with ``feature_grads`` a surrogate with these gradients (exact accumulation)."""
-        embedded = self.embed(batch)
-        return self.contrast(embedded) if feature_grads is None else embedded.surrogate(feature_grads)
+        embedded = self.embed(batch, teacher)
+        return self.contrast(embedded, teacher) if feature_grads is None else embedded.surrogate(feature_grads)
+
+
+def _needed(teacher: MomentumTeacher[Clip] | None) -> MomentumTeacher[Clip]:
+    if teacher is None:
+        raise ValueError("this configuration trains with its momentum teacher: pass model.make_teacher()")
+    return teacher
 
 
 @torch.no_grad()
 def _init(model: Clip) -> None:
-    """CLIP's initial weights (their section 2.5 and code) for both Transformers; the ResNet makes its own."""
-    towers: list[tuple[nn.ModuleList, int]] = [(model.text.blocks, model.config.text.width)]
-    nn.init.normal_(model.text.words.weight, std=0.02)
-    nn.init.normal_(model.text.positions, std=0.01)
+    """CLIP's initial weights (their section 2.5 and code) for both Transformers; other towers make their own."""
+    towers: list[tuple[nn.ModuleList, int]] = []
+    if isinstance(model.text, TextTower):
+        towers.append((model.text.blocks, model.config.text.width))
+        nn.init.normal_(model.text.words.weight, std=0.02)
+        nn.init.normal_(model.text.positions, std=0.01)
     if isinstance(model.vision, VisionTransformer):
         width = model.vision.config.width
         towers.append((model.vision.blocks, width))

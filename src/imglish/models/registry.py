@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from imglish.models import albef, beit, beit3, blip, clip, coca, dvae, vilt, vlmo, vqkd
+from imglish.models import albef, beit, beit3, blip, clip, coca, dual, dvae, vilt, vlmo, vqkd
 
 Config = (
     albef.AlbefConfig
@@ -37,6 +37,7 @@ FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
 }
 CONFIGS: dict[str, Callable[[], Config]] = {
     **clip.CONFIGS,
+    **dual.CONFIGS,
     **albef.CONFIGS,
     **blip.CONFIGS,
     **coca.CONFIGS,
