@@ -18,14 +18,13 @@ from transformers import ViltConfig as PeerConfig
 from transformers import ViltModel
 
 from benchmarks.common import arguments, machine, measure, megabytes, milliseconds, table
-from imglish.checkpoints.vilt import transformers_table
+from imglish.checkpoints.vilt import convert_transformers
 from imglish.data.batch import TextBatch
 from imglish.data.patches import PatchBatch
 from imglish.models.vilt import Pairs, Vilt, vilt_base
 from imglish.nn.segments import Ragged, Rows
 
 SHAPES = [(640, 480), (480, 640), (500, 375), (375, 500), (640, 427), (427, 640), (640, 360), (480, 480)]
-HEADS = ("itm_head", "mlm_head", "mlm_words")
 
 
 def build(depth: int) -> tuple[Vilt, Any]:
@@ -33,8 +32,7 @@ def build(depth: int) -> tuple[Vilt, Any]:
     peer = ViltModel(PeerConfig(num_hidden_layers=depth, max_image_length=-1)).eval()
     config = vilt_base()
     ours = type(config)(image=config.image, depth=depth).build().eval()
-    weights = {f"vilt.{name}": value for name, value in peer.state_dict().items()}
-    ours.load_state_dict(transformers_table(HEADS).convert(weights, ours.state_dict()).state)
+    ours.load_state_dict(convert_transformers(peer.state_dict(), ours.state_dict()).state)
     return ours, peer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -63,17 +63,33 @@ def _words(theirs: str, prefix: str) -> Iterator[Rule]:
     yield Rule(f"{theirs}.decoder.weight", f"{prefix}mlm_words.weight")
 
 
-def transformers_table(missing: Sequence[str] = ()) -> Table:
-    """Names of a task model of transformers around ``ViltModel`` (``vilt.``) -> ours.
+def transformers_table(with_words: bool, with_bias: bool = False) -> Table:
+    """Names of transformers' ``ViltForMaskedLM`` -> ours; it has no ITM head.
 
-    missing: heads of ours ("itm_head", "mlm_head", "mlm_words") that it lacks; they keep their values.
+    with_words: the checkpoint has the head for words; with_bias: it holds the bias of that head beside the output
+    matrix, as older files do.
     """
-    lacking = [Fresh(f"{head}.{{leaf}}", "no such head there") for head in missing]
-    lacking += [Fresh(f"{head}.{{part}}.{{leaf}}", "no such head there") for head in missing]
-    return Table(*_transformers(), *lacking)
+    rules: list[Rule | Drop | Tie | Fresh] = [*_transformers(), Fresh("itm_head.{leaf}", "transformers has none")]
+    if with_words:
+        words = [rule for rule in _words("mlm_score", "") if rule.source != "mlm_score.bias"]
+        decoder = "mlm_score.decoder.bias"
+        rules += [*words, Rule("mlm_score.bias" if with_bias else decoder, "mlm_head.bias")]
+        rules += [Tie(decoder, "mlm_score.bias")] if with_bias else []
+    else:
+        names = ("mlm_head.{leaf}", "mlm_head.{part}.{leaf}", "mlm_words.{leaf}")
+        rules += [Fresh(name, "the checkpoint has no head for words") for name in names]
+    return Table(*rules)
 
 
-def _transformers() -> Iterator[Rule | Drop | Tie]:
+def convert_transformers(official: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Converted:
+    """Like :func:`convert`, from a state dict of transformers' ``ViltForMaskedLM`` or ``ViltModel``."""
+    if "embeddings.cls_token" in official:
+        official = {f"vilt.{name}": value for name, value in official.items()}
+    with_words = any(name.startswith("mlm_score.") for name in official)
+    return transformers_table(with_words, "mlm_score.bias" in official).convert(official, target)
+
+
+def _transformers() -> Iterator[Rule | Drop]:
     inputs = "vilt.embeddings"
     yield from bert.embeddings(f"{inputs}.text_embeddings", "embedding", types=True)
     yield Rule(f"{inputs}.token_type_embeddings.weight", "types.weight")
@@ -86,8 +102,6 @@ def _transformers() -> Iterator[Rule | Drop | Tie]:
         )
     yield Rule("vilt.layernorm.{leaf}", "norm.{leaf}")
     yield Rule("vilt.pooler.dense.{leaf}", "pooler.{leaf}")
-    yield from _words("mlm_score", "")
-    yield Tie("mlm_score.decoder.bias", "mlm_score.bias")
 
 
 def convert(official: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Converted:
