@@ -12,6 +12,7 @@ import torch
 
 from imglish.checkpoints import vlmo as official
 from imglish.models.vlmo import Vlmo, VlmoConfig, vlmo_base, vlmo_base_plus, vlmo_large
+from imglish.models.vlmo_heads import VlmoAnswers, VlmoReasoning
 from imglish.nn.embed import resize_grid
 from imglish.nn.relative import resize_relative
 from tests.golden.aligned import draws_for
@@ -133,7 +134,8 @@ def shaped(path: Path) -> tuple[dict[str, torch.Size], VlmoConfig, int]:
     if "textmlm" in path.stem:
         config = replace(config, itc=False, itc_fused=False, itm=False, fused_layers=0)
     if "vqa" in path.stem or "nlvr2" in path.stem:
-        config = replace(config, itc=False)
+        types = shapes["token_type_embeddings.weight"][0]
+        config = replace(config, itc=False, types=types)
     return shapes, replace(config, max_length=words), listed["parameter_count"]
 
 
@@ -141,16 +143,18 @@ def shaped(path: Path) -> tuple[dict[str, torch.Size], VlmoConfig, int]:
 def test_published_state_dict(path: Path) -> None:
     """Every published name has its place in our model, and ours has no parameter beside them."""
     shapes, config, count = shaped(path)
-    if any(name.startswith(("vqa_", "nlvr2_")) for name in shapes):
-        pytest.skip("heads of VQA and NLVR2 are not built yet")
+    head = next((name.split(".")[0] for name in shapes if name.split(".")[0].endswith("_classifier")), None)
     with torch.device("meta"):
-        model = config.build()
+        model: torch.nn.Module = config.build()
+        if head is not None:
+            model = VlmoAnswers(model) if head.startswith("vqa") else VlmoReasoning(model)  # type: ignore[arg-type]
         published = {name: torch.empty(shape) for name, shape in shapes.items()}
-    converted = official.convert(published, model.state_dict(), config)
+    table = official.table(config) if head is None else official.task_table(config, head)
+    converted = table.convert(published, model.state_dict())
     assert not [name for name, why in converted.report.items() if why.startswith("fresh")]
     dropped = {name for name, why in converted.report.items() if why.startswith("dropped")}
     extra = sum(shapes[name].numel() for name in dropped if not name.endswith("position_ids"))
     assert sum(p.numel() for p in model.parameters()) + extra == count
-    assert set(official.table(config).revert(model.state_dict())) | dropped == set(shapes)
+    assert set(table.revert(model.state_dict())) | dropped == set(shapes)
     unused = {"text_embeddings.position_ids", "text_embeddings.position_embeddings.weight"}
     assert all(name in unused or name.startswith("pooler") for name in dropped)

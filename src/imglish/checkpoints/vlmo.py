@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,6 +72,16 @@ def _heads(config: VlmoConfig) -> Iterator[Rule | Drop]:
     ]
     for theirs, ours, used in wanted:
         yield Rule(theirs, ours) if used else Drop(theirs, "a head of an objective that is switched off")
+
+
+def task_table(config: VlmoConfig, head: str) -> Table:
+    """A task model of :mod:`imglish.models.vlmo_heads`; head: official name, ``vqa_classifier`` or
+    ``nlvr2_classifier``. ``config`` is that of its Transformer, without objectives."""
+    body = [replace(r, target=f"vlmo.{r.target}") if isinstance(r, Rule) else r for r in table(config).rules]
+    rules = [rule for rule in body if not (isinstance(rule, Drop) and rule.source.startswith("pooler."))]
+    return Table(
+        *rules, Rule("pooler.dense.{leaf}", "pooler.{leaf}"), Rule(f"{head}.{{i}}.{{leaf}}", "head.{i}.{leaf}")
+    )
 
 
 _FLAT = Transform(lambda x: x[0, 0], lambda x: x[None, None])

@@ -52,7 +52,7 @@ class RelativeBias(nn.Module):
             index = relative_index(self.grid if image else 0, text, self.offsets, self.table.shape[0])
             self._indices[key] = torch.from_numpy(index).to(device)
         found = F.embedding(self._indices[key], self.table)  # (L, L, layers * heads)
-        return found.permute(2, 0, 1).unflatten(0, (self.layers, self.heads)).unbind(0)
+        return found.permute(2, 0, 1).contiguous().unflatten(0, (self.layers, self.heads)).unbind(0)
 
 
 def image_index(grid: int) -> np.ndarray:
