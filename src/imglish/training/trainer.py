@@ -324,7 +324,8 @@ class Run:
         self.journal.write("validation", self.step, epoch=self.plan.epochs(self.step), **recalls, **captions)
         mean = found.best["r_mean"]
         better = not self.best or mean > self.best["r_mean"]
-        self.journal.say(f"step {self.step}: mean recall {mean:.2f} %" + (", the best so far" if better else ""))
+        cider = "" if self.written is None else f", CIDEr-D {self.written.metrics['cider']:.1f}"
+        self.journal.say(f"step {self.step}: mean recall {mean:.2f} %{', the best so far' * better}{cider}")
         if better:
             self.best = {"step": self.step, "r_mean": mean, **recalls}
             if rank() == 0:
