@@ -134,7 +134,8 @@ def test_hinges_by_hand() -> None:
     # pictures, hinges .2 + s_ij - s_ii: row 0 (.3, .15), row 1 (.3, none), row 2 (none, none)
     # texts, hinges .2 + s_ji - s_ii:    text 0 (.1, none), text 1 (.5, .1), text 2 (none, none)
     assert float(hinge_loss(image, text)) == pytest.approx((0.3 + 0.3 + 0.1 + 0.5) / 3, abs=1e-6)
-    assert float(hinge_loss(image, text, hardest=False)) == pytest.approx((0.45 + 0.3 + 0.1 + 0.6) / 3, abs=1e-6)
+    assert float(hinge_loss(image, text, hardest=0.0)) == pytest.approx((0.45 + 0.3 + 0.1 + 0.6) / 3, abs=1e-6)
+    assert float(hinge_loss(image, text, hardest=0.8)) == pytest.approx((0.8 * 1.2 + 0.2 * 1.45) / 3, abs=1e-6)
     assert float(hinge_loss(image, text, margin=0.0)) == pytest.approx((0.1 + 0.1 + 0.3) / 3, abs=1e-6)
 
 
@@ -172,7 +173,7 @@ def _all_losses(
         "siglip": siglip_loss(image, text, scale, bias, chunk=chunk),
         "siglip, ids": siglip_loss(image, text, scale, bias, ids, chunk=chunk),
         "hinge": hinge_loss(image, text, ids=ids),
-        "sum of hinges": hinge_loss(image, text, hardest=False),
+        "sum of hinges": hinge_loss(image, text, hardest=0.0),
     }
 
 

@@ -74,7 +74,8 @@ class ClipConfig:
 
     pool: the class token, the mean of the patches, or attention pooling by a learned query ("map"); a vision config
     with ``norm_after=False`` gets its last LayerNorm behind the pooling. image_projection: False leaves the pooled
-    vector as it is. loss: "itc" (InfoNCE), "siglip" (sigmoid) or "hinge" (VSE++, with ``margin``). temperature:
+    vector as it is. loss: "itc" (InfoNCE), "siglip" (sigmoid) or "hinge" (VSE++, with ``margin``). hardest: share
+    of the hardest negative in the hinge loss (all of it in VSE++), the rest is the sum over all negatives. temperature:
     initial, learned; logit_bias: initial bias on the logits, learned, or None. chunk: rows of the similarity matrix
     computed at a time (None: all), so that memory does not grow with the square of the batch. teacher: momentum
     copies of both towers with a queue, whose features the ITC then compares with (WenLan), or None.
@@ -93,6 +94,7 @@ class ClipConfig:
     temperature: float = 0.07
     logit_bias: float | None = None
     margin: float = 0.2
+    hardest: float = 1.0
     chunk: int | None = 512
     teacher: TeacherConfig | None = None
 
@@ -119,6 +121,8 @@ class ClipConfig:
             raise ValueError('text.pool="last" is the last row of padded texts; unpadded texts end at "end"')
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}, it must be positive")
+        if not 0 <= self.hardest <= 1:
+            raise ValueError(f"hardest is {self.hardest}, a share between 0 and 1")
         if self.teacher is not None and self.loss != "itc":
             raise ValueError(f'a momentum teacher goes with loss="itc", not with {self.loss!r}')
 
@@ -233,7 +237,7 @@ class Clip(nn.Module):
         if config.loss == "siglip":
             loss = siglip_loss(image, text, scale, self.logit_bias, ids, config.chunk)
             return {"siglip": loss, "metric/logit_scale": scale.detach()}
-        return {"hinge": hinge_loss(image, text, config.margin, ids=ids)}
+        return {"hinge": hinge_loss(image, text, config.margin, config.hardest, ids)}
 
     def losses(self, batch: Batch, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
         """One training step's loss; with ``feature_grads`` a surrogate with these gradients (exact accumulation)."""

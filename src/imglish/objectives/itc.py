@@ -100,14 +100,14 @@ def siglip_loss(
 
 
 def hinge_loss(
-    image: Tensor, text: Tensor, margin: float = 0.2, hardest: bool = True, ids: Tensor | None = None
+    image: Tensor, text: Tensor, margin: float = 0.2, hardest: float = 1.0, ids: Tensor | None = None
 ) -> Tensor:
     """Ranking loss of VSE++ (Faghri et al. 2018, equation 6): max(0, margin + s(negative) - s(positive)), both ways.
 
     image: ``(B, E)``, text: ``(n * B, E)`` L2-normalised: n * B pairs, the picture is repeated for its n captions.
-    hardest: only the nearest negative of each row counts (max of hinges); False sums over all negatives (their equation
-    5). Pairs of equal ``ids`` are never negatives. The paper sums over the pairs; this is their mean, so that the
-    learning rate does not depend on the batch size.
+    hardest: share of the nearest negative of each row alone (max of hinges); the rest of the loss is the sum over all
+    negatives (their equation 5). Pairs of equal ``ids`` are never negatives. The paper sums over the pairs; this is
+    their mean, so that the learning rate does not depend on the batch size.
     """
     with _full_precision(image):
         image, text = _as_float(image), _as_float(text)
@@ -119,7 +119,9 @@ def hinge_loss(
 
         def direction(rows: Tensor, columns: Tensor) -> Tensor:
             cost = (margin + rows @ columns.T - positive).clamp(min=0).masked_fill(known, 0.0)
-            return (cost.amax(dim=1) if hardest else cost.sum(dim=1)).mean()
+            if hardest == 1:
+                return cost.amax(dim=1).mean()
+            return torch.lerp(cost.sum(dim=1), cost.amax(dim=1), hardest).mean()
 
         return direction(image, gather_with_grad(text)) + direction(text, gather_with_grad(image))
 
