@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 from imglish.cli import main
+from imglish.data.errors import DataError
 from imglish.data.images import decode
 from imglish.data.scene_drawing import draw
-from imglish.data.scene_folder import TrainingScenes, write_scenes
+from imglish.data.scene_folder import write_scenes
 from imglish.data.scene_noise import CaptionNoise
 from imglish.data.scene_words import Wording, say
 from imglish.data.scene_world import Mention, Person, Scene, Thing, describe, swapped_description, true_of
 from imglish.data.scenes import SceneConfig, SceneSource
 from imglish.data.sources import open_source
+from imglish.data.sources.drawn import TrainingScenes
 
 CROWD = SceneConfig(scenes=120, size=64, people=(1, 4), things=(0, 3), pairs=12)
 NOISE = CaptionNoise(wrong=0.2, partial=0.1, irrelevant=0.3)
@@ -150,6 +152,27 @@ def test_streamed_scenes_are_the_listed_ones() -> None:
     endless = TrainingScenes(SceneConfig(scenes=10**9))
     assert len(endless) == 10**9
     assert endless[123_456_789].key == "scene-123456789"
+
+
+def test_scenes_are_a_source_by_name() -> None:
+    path = "scenes:{scenes: 9, size: 20, people: [1, 3], pairs: 2, seed: 4, noise: {wrong: 0.5}}"
+    config = SceneConfig(scenes=9, size=20, people=(1, 3), pairs=2, seed=4, noise=CaptionNoise(wrong=0.5))
+    assert list(open_source(path)) == SceneSource(config).training()
+    assert list(open_source(path, split="heldout")) == SceneSource(config).evaluation("heldout").records
+    chinese = open_source(path, language="zh")
+    assert chinese.caption_counts().tolist() == [2] * 9
+    assert all("\u4e00" <= text[0] <= "\u9fff" for record in chinese for text in record.captions[:1] if len(text) > 6)
+    assert len(open_source("scenes:")) == 20_000
+    for wrong, message in (
+        ("scenes:{hats: 3}", "no such settings: hats"),
+        ("scenes:{people: 3}", "people|subscriptable|iterable"),
+        ("scenes:7", "expected settings"),
+        ("scenes:{a: ", "not YAML"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_source(wrong)
+    with pytest.raises(DataError, match='no split "val"'):
+        open_source(path, split="val")
 
 
 def test_a_folder_reads_back_as_what_was_drawn(tmp_path: Path) -> None:

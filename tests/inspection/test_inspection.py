@@ -14,8 +14,8 @@ from PIL import Image
 
 from imglish.cli import main
 from imglish.data.records import Record
-from imglish.data.scene_folder import TrainingScenes
 from imglish.data.scenes import SceneConfig
+from imglish.data.sources.drawn import TrainingScenes
 from imglish.inspection import duplicates
 from imglish.inspection.captions import read_captions
 from imglish.inspection.languages import UNCLEAR, language_of, words

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imglish.cli.source_options import add_source_options, source_config
+
 if TYPE_CHECKING:
     from imglish.inspection.survey import Portion, Survey
 
@@ -35,15 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("sources", nargs="+", metavar="SOURCE", help="file, folder or shards; several are compared like splits")
-    add("--images", help="folder that the picture names are relative to")
-    add("--captions", action="append", default=[], metavar="FIELD", help="field that holds captions (may be repeated)")
-    add("--split-field", default="split", metavar="FIELD", help="field that names the split (default: split)")
-    add("--language", metavar="LANG", help="only captions of this language, where the data name it")
     add("--needs", choices=("pairs", "images", "texts"), help="default: pairs, else what there is")
     add("--pictures", type=int, metavar="N", help="read so many pictures of each split, evenly spread (default: all)")
     add("--workers", type=int, metavar="N", help="processes that read pictures (default: one a core)")
     add("--out", type=Path, default=Path("inspect-out"), help="folder of the results (default: inspect-out)")
     add("--quiet", action="store_true", help="no progress")
+    add_source_options(parser)
+    parser.set_defaults(max_errors=1.0)  # errors are what is looked for
     return parser
 
 
@@ -89,18 +89,12 @@ def _portions(source: str, arguments: argparse.Namespace) -> list[Portion]:
     from imglish.data.sources import open_source
     from imglish.inspection.survey import Portion
 
-    settings: dict[str, Any] = {
-        "images": arguments.images,
-        "caption_fields": tuple(arguments.captions),
-        "split_field": arguments.split_field,
-        "language": arguments.language,
-        "max_errors": 1.0,  # they are what is looked for
-    }
     failed: DataError | None = None
     for needs in (arguments.needs,) if arguments.needs else ("pairs", "images", "texts"):
         try:
+            config = source_config(arguments, source, needs)
             # The field of the split in place of that of the group tells which splits there are.
-            whole: Any = open_source(source, **settings, needs=needs, group_field=arguments.split_field)
+            whole = open_source(config, group_field=arguments.split_field)
         except DataError as error:
             failed = failed or error
             continue
@@ -111,7 +105,7 @@ def _portions(source: str, arguments: argparse.Namespace) -> list[Portion]:
             return [Portion(name, source, whole, tuple(whole.errors.named), note)]
         made = []
         for number, split in enumerate(splits):
-            part: Any = open_source(source, **settings, needs=needs, split=split or "None")
+            part = open_source(config, split=split or "None")
             name = split if len(arguments.sources) == 1 else f"{label}:{split}"
             first = (tuple(whole.errors.named), note) if number == 0 else ()
             made.append(Portion(name or "no split", source, part, *first))

@@ -1,6 +1,6 @@
-"""Drawn scenes as a source of records without files, and as a folder of pictures and captions.
+"""Drawn scenes as a folder of pictures and captions.
 
-The folder holds ``images/SPLIT/*.png``; ``captions.jsonl`` with a line for every picture of the splits ``train``,
+It holds ``images/SPLIT/*.png``; ``captions.jsonl`` with a line for every picture of the splits ``train``,
 ``seen`` and ``heldout``; ``quadruples.jsonl``, the questions who wears what; ``queries.jsonl``, searches and what they
 should find; and ``scenes.json``, the settings. Equal settings give equal bytes.
 """
@@ -8,44 +8,20 @@ should find; and ``scenes.json``, the settings. Equal settings give equal bytes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from imglish import atomic
 from imglish.data.records import Record
 from imglish.data.scene_drawing import SceneImage
 from imglish.data.scene_world import Scene
 from imglish.data.scenes import SceneBenchmark, SceneCaption, SceneConfig, SceneSource, Split
-from imglish.data.sources.base import Source
 
 SETTINGS = "scenes.json"
 SPLITS: tuple[Split, ...] = ("seen", "heldout")
-
-
-class TrainingScenes(Source):
-    """The training records of drawn scenes, each made when it is asked for: any number of them takes no memory."""
-
-    def __init__(self, config: SceneConfig) -> None:
-        self.scenes = SceneSource(config)
-
-    def __len__(self) -> int:
-        return self.scenes.config.scenes
-
-    def record(self, number: int) -> Record:
-        return self.scenes.training_record(number)
-
-    def caption_counts(self) -> np.ndarray:
-        config = self.scenes.config
-        return np.full(len(self), config.captions * len(config.languages), dtype=np.int64)
-
-    def digest(self) -> str:
-        return hashlib.blake2b(repr(self.scenes.config).encode(), digest_size=16).hexdigest()
 
 
 def write_scenes(

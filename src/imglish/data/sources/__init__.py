@@ -17,6 +17,7 @@ from imglish.data.sources.arrow import open_arrow, open_parquet
 from imglish.data.sources.base import Source
 from imglish.data.sources.coco import is_coco, is_karpathy, open_coco, open_karpathy
 from imglish.data.sources.config import Kind, Needs, SourceConfig, SourceOptions
+from imglish.data.sources.drawn import SCHEME, open_scenes
 from imglish.data.sources.files import DAMAGED_GZIP, exists, is_folder, is_remote, join, names_in, opened
 from imglish.data.sources.folder import METADATA, open_folder
 from imglish.data.sources.lines import open_lines
@@ -46,6 +47,7 @@ _OPENERS = {
     "parquet": open_parquet,
     "arrow": open_arrow,
     "lines": open_lines,
+    "scenes": open_scenes,
 }
 
 
@@ -76,6 +78,8 @@ def _open(config: SourceConfig, errors: Errors) -> Source:
 
 def kind_of(path: str) -> Kind:
     """What kind of layout lies at ``path``. Raises :class:`DataError` where nothing known does."""
+    if path.startswith(SCHEME):
+        return "scenes"
     ending = suffix(path)
     if path.lower().endswith((".tar.gz", ".tgz")):
         raise DataError(f"{path}: a packed tar has no random access; unpack it to .tar first")

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from imglish.data.errors import DataError
 
-Kind = Literal["table", "list", "coco", "karpathy", "folder", "tars", "parquet", "arrow", "lines", "mixture"]
+Kind = Literal["table", "list", "coco", "karpathy", "folder", "tars", "parquet", "arrow", "lines", "mixture", "scenes"]
 Needs = Literal["pairs", "images", "texts", "names"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NEEDS: tuple[Needs, ...] = get_args(Needs)
