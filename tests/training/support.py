@@ -43,6 +43,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_length": 20,
         "teacher": {"queue_size": 20, "momentum": 0.9, "ramp_epochs": 1.0},
     },
+    "coca": {
+        "name": "coca-tiny",
+        "vision": {"image": {"size": SIZE}, "width": 32, "depth": 1, "heads": 2},
+        "width": 32,
+        "heads": 2,
+        "unimodal_depth": 1,
+        "multimodal_depth": 1,
+        "embed_dim": 32,
+        "queries": 4,
+        "pool_heads": 2,
+        "max_length": 20,
+    },
     "vilt": {
         "name": "vilt-tiny",
         "image": {"size": SIZE, "longest": 24, "most": 4},
