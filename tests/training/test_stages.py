@@ -21,6 +21,7 @@ from imglish.training.settings import SettingsError, fill
 from imglish.training.setup import gather_materials, pair_dataset
 from imglish.training.stages import check_stages, stages_from, train_stages
 from imglish.training.trainer import Run
+from tests.ranks import run_ranks
 from tests.training.support import assert_same, final_state, records
 
 TEXT_STAGE = ["embedding.*", "types.*", "blocks.*.ffn.text.*", "mlm_head.*", "mlm_words.*", "relative.*", "norm.*"]
@@ -216,3 +217,22 @@ def test_another_size_of_pictures_and_length_of_texts() -> None:
         changed = {name for name, value in source.state_dict().items() if not torch.equal(found[name], value)}
         assert changed == ({"positions", "embedding.positions.weight"} if changes else {"relative.table"})
         large.build().load_state_dict(found)
+
+
+def work(rank: int, settings: dict[str, Any]) -> list[dict[str, float]]:
+    """Losses of the last line of each stage's log."""
+    results = list(train_stages(stages_from(settings)))
+    return [result.events[-2]["losses"] if result.events else {} for result in results]
+
+
+def test_two_processes_train_the_stages_alike(data: Path, tmp_path: Path) -> None:
+    def settings(output: str) -> dict[str, Any]:
+        whole = pipeline(data, tmp_path / output)
+        del whole["stages"]["codes"], whole["stages"]["images"], whole["stages"]["texts"]["model"]["start"]
+        return whole
+
+    alone, (together, nothing) = work(0, settings("one")), run_ranks(2, work, settings("two"))
+    assert nothing == [{}, {}]
+    assert [set(losses) for losses in alone] == [{"mlm"}, {"itc", "itm", "mlm"}]
+    for mine, others in zip(alone, together, strict=True):
+        assert others == pytest.approx(mine, rel=1e-3)
