@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from imglish.data.errors import DataError
-from imglish.data.images import decode
+from imglish.data.images import ImageError, decode
 from imglish.data.sources import SourceConfig, kind_of, open_source
 from imglish.data.sources.base import caption_counts, digest
 from tests.data.sources import layouts
@@ -245,3 +245,23 @@ def test_object_storage(tmp_path: Path) -> None:
         order = [2, 0, 1] if layout == "parquet" else [0, 1, 2] * 2
         for number, record in enumerate(found):
             assert np.array_equal(decode(record.image), decode(picture(order[number])))
+
+
+def test_cells_with_a_path_in_place_of_the_bytes(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    folder = layouts.pictures(tmp_path / "data" / "pictures")
+    paths = [f"pictures/{NAMES[0]}", str(folder / NAMES[1]), "../secret.jpg", "pictures/none.jpg"]
+    (tmp_path / "secret.jpg").write_bytes(picture(3))
+    rows = {"image": [{"bytes": None, "path": path} for path in paths], "caption": list("abcd")}
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pa.parquet.write_table(
+        pa.table({"image": pa.array(rows["image"], kind), "caption": rows["caption"]}), tmp_path / "data" / "x.parquet"
+    )
+    found = open_source(tmp_path / "data" / "x.parquet")
+    assert [decode(record.image).size for record in found[:2]] == [(24, 16)] * 2
+    for record, reason in zip(found[2:], ("outside", "missing")):
+        with pytest.raises(ImageError) as raised:
+            decode(record.image)
+        assert raised.value.reason == reason

@@ -21,6 +21,7 @@ from imglish.data.sources.fields import ENCODED, IMAGE
 from imglish.data.sources.files import (
     OpenFiles,
     Stat,
+    StoredFile,
     allowed_roots,
     escapes,
     inside,
@@ -180,7 +181,9 @@ def _open(config: SourceConfig, tables: list[Table], errors: Errors) -> ColumnSo
             folder = config.path if is_folder(config.path) else parent(config.path)
             return FilePictures.below(picture_folder(config, names, (join(folder, "images"), folder)), names)
         files, rows = numbers(found.files, np.int64)[kept], numbers(found.starts, np.int64)[kept]
-        return TablePictures(tuple(tables), found.holder, files.astype(np.int32), rows)
+        root = config.images or (config.path if is_folder(config.path) else parent(config.path))
+        roots = () if is_remote(root) else allowed_roots(root)
+        return TablePictures(tuple(tables), found.holder, files.astype(np.int32), rows, root, roots)
 
     return collector.source(pictures)
 
@@ -287,15 +290,19 @@ _OPEN: OpenFiles[_Parquet | _Arrow] = OpenFiles(_opened)
 
 @dataclass(frozen=True)
 class TablePictures:
-    """Pictures in a column of tables: number of the file int32 ``(N,)``, row in it int64 ``(N,)``."""
+    """Pictures in a column of tables: number of the file int32 ``(N,)``, row in it int64 ``(N,)``. Where a cell has
+    only the picture's path, that is looked for below ``root``."""
 
     tables: tuple[Table, ...]
     column: str
     files: np.ndarray
     rows: np.ndarray
+    root: str
+    roots: tuple[str, ...]
 
     def picture(self, number: int) -> ImageSource:
-        return TablePicture(self.tables[int(self.files[number])], self.column, int(self.rows[number]))
+        table = self.tables[int(self.files[number])]
+        return TablePicture(table, self.column, int(self.rows[number]), self.root, self.roots)
 
 
 @dataclass(frozen=True)
@@ -305,6 +312,8 @@ class TablePicture:
     table: Table
     column: str
     row: int
+    root: str
+    roots: tuple[str, ...]
 
     def __call__(self) -> bytes:
         where = f"{self.table.path}:{self.row}"
@@ -316,6 +325,8 @@ class TablePicture:
         except _damage(arrow) as error:
             raise ImageError(f"{where}: cannot be read: {printable(str(error))}", "not readable") from error
         data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None and isinstance(value, dict) and isinstance(value.get("path"), str):
+            return StoredFile(self.root, value["path"], self.roots)()
         if not isinstance(data, bytes):
             raise ImageError(f"{where}: there are no bytes in the field {self.column!r}", "missing")
         return data
