@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imglish.checkpoints import native
+from imglish.checkpoints.loading import load_any
 from imglish.data.batch import TextBatch
 from imglish.data.images import decode
 from imglish.data.pictures import Picture as PictureForm
@@ -286,9 +287,16 @@ def _parts(items: list[int], size: int) -> Iterator[list[int]]:
         yield items[low : low + size]
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> Model:
-    """An exported model (the folder that ``imglish train`` writes at its end).
+def load(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+) -> Model:
+    """The model called ``name``: a folder that ``imglish train`` or ``imglish convert`` wrote, a released checkpoint of
+    the family (a file, or a folder of transformers or open_clip), or ``hf:OWNER/NAME`` on the hub.
 
-    device: default, a GPU where there is one. Raises ``CheckpointError`` for a folder that is no model.
+    device: default, a GPU where there is one; tokenizer: its file, for released weights that have none beside them;
+    revision: on the hub. Raises ``CheckpointError``, which names the file and what is wrong with it.
     """
-    return Model(native.load(path), device)
+    return Model(load_any(name, tokenizer, revision), device)

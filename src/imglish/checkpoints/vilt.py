@@ -86,6 +86,9 @@ def convert_transformers(official: Mapping[str, Tensor], target: Mapping[str, Te
     if "embeddings.cls_token" in official:
         official = {f"vilt.{name}": value for name, value in official.items()}
     with_words = any(name.startswith("mlm_score.") for name in official)
+    words = "mlm_score.decoder.weight"
+    if with_words and words not in official:  # newer files leave out what is tied
+        official = {**official, words: official["vilt.embeddings.text_embeddings.word_embeddings.weight"]}
     return transformers_table(with_words, "mlm_score.bias" in official).convert(official, target)
 
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("imglish.cli.train", "train a model by a recipe; the same command resumes a run that was stopped"),
     "eval": ("imglish.cli.evaluate", "measure a checkpoint: image-text retrieval, captioning"),
     "caption": ("imglish.cli.caption", "write captions for pictures: files and folders"),
+    "convert": ("imglish.cli.convert", "read a released checkpoint and write it as a folder of this library"),
     "data": ("imglish.cli.data", "look at data, write them in another layout, draw scenes"),
     "quickstart": ("imglish.cli.quickstart", "train and evaluate a small model on data drawn here, and write a report"),
 }

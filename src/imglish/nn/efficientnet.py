@@ -124,8 +124,8 @@ class EfficientNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.outputs = inputs if top is None else channels(top, width_factor)
         self.top = nn.Identity() if top is None else _Convolution(inputs, self.outputs)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1) * 255, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` of any size -> ``(B, outputs)``."""

@@ -29,8 +29,8 @@ class PatchEmbed(nn.Module):
         self.patch = patch
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1) * 255, persistent=False)
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def rows(self, pixels: Tensor) -> Tensor:

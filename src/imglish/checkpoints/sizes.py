@@ -1,0 +1,108 @@
+"""Configurations from the shapes of released weights, for files that come without settings.
+
+Widths, depths, vocabularies and picture sizes can be read off; heads cannot, and are 64 wide in every released model of
+these families.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from imglish.checkpoints.rules import ConversionError
+from imglish.models.albef import AlbefConfig
+from imglish.models.blip import BlipConfig
+from imglish.models.vilt import ViltConfig
+from imglish.models.vilt_pictures import AspectInput
+from imglish.models.vit import ImageInput, VitConfig
+
+HEAD = 64
+
+
+def count(names: Mapping[str, Tensor], pattern: str) -> int:
+    """Different numbers that ``pattern`` captures at the start of a name."""
+    return len({found.group(1) for name in names if (found := re.match(pattern, name))})
+
+
+def heads(width: int, name: str) -> int:
+    """Attention heads of a layer ``width`` wide."""
+    if width % HEAD:
+        raise ConversionError(f"{name} is {width} wide, no multiple of {HEAD}: how many heads it has cannot be told")
+    return width // HEAD
+
+
+def vit_config(weights: Mapping[str, Tensor], prefix: str) -> VitConfig:
+    """The timm-style vision Transformer whose names begin with ``prefix``."""
+    width, _, patch, _ = _shape(weights, f"{prefix}.patch_embed.proj.weight")
+    grid = math.isqrt(_shape(weights, f"{prefix}.pos_embed")[1] - 1)
+    hidden = _shape(weights, f"{prefix}.blocks.0.mlp.fc1.weight")[0]
+    return VitConfig(
+        image=ImageInput(grid * patch),
+        patch=patch,
+        width=width,
+        depth=count(weights, rf"{re.escape(prefix)}\.blocks\.(\d+)\."),
+        heads=heads(width, prefix),
+        mlp_ratio=hidden / width,
+    )
+
+
+def albef_config(weights: Mapping[str, Tensor]) -> AlbefConfig:
+    """Of ALBEF's pre-training or retrieval checkpoint."""
+    text = "text_encoder.bert" if "text_encoder.bert.embeddings.word_embeddings.weight" in weights else "text_encoder"
+    layer = rf"{re.escape(text)}\.encoder\.layer\.(\d+)\."
+    return AlbefConfig(
+        vision=vit_config(weights, "visual_encoder"),
+        fusion_layer=count(weights, layer) - count(weights, layer + r"crossattention\."),
+        **_bert(weights, text),
+    )
+
+
+def blip_config(weights: Mapping[str, Tensor]) -> BlipConfig:
+    """Of BLIP's pre-training, retrieval, matching or captioning checkpoint."""
+    encoder = any(name.startswith("text_encoder.") for name in weights)
+    return BlipConfig(
+        vision=vit_config(weights, "visual_encoder"),
+        **_bert(weights, "text_encoder" if encoder else "text_decoder.bert"),
+    )
+
+
+def vilt_config(weights: Mapping[str, Tensor]) -> ViltConfig:
+    """Of ViLT's pre-training checkpoint or of one of its task models."""
+    width, _, patch, _ = _shape(weights, "transformer.patch_embed.proj.weight")
+    size = math.isqrt(_shape(weights, "transformer.pos_embed")[1] - 1) * patch
+    return ViltConfig(
+        image=AspectInput(size, int(1333 / 800 * size), patch),
+        vocab_size=_shape(weights, "text_embeddings.word_embeddings.weight")[0],
+        max_length=_shape(weights, "text_embeddings.position_embeddings.weight")[0],
+        width=width,
+        depth=count(weights, r"transformer\.blocks\.(\d+)\."),
+        heads=heads(width, "transformer"),
+        mlp_ratio=_shape(weights, "transformer.blocks.0.mlp.fc1.weight")[0] / width,
+        types=_shape(weights, "token_type_embeddings.weight")[0],
+    )
+
+
+def _bert(weights: Mapping[str, Tensor], text: str) -> dict[str, Any]:
+    """Settings that ALBEF and BLIP share, of the text Transformer ``text`` and the projections."""
+    vocab_size, width = _shape(weights, f"{text}.embeddings.word_embeddings.weight")
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "max_length": _shape(weights, f"{text}.embeddings.position_embeddings.weight")[0],
+        "width": width,
+        "depth": count(weights, rf"{re.escape(text)}\.encoder\.layer\.(\d+)\."),
+        "heads": heads(width, text),
+        "hidden": _shape(weights, f"{text}.encoder.layer.0.intermediate.dense.weight")[0],
+    }
+    if "text_proj.weight" in weights:
+        sizes["embed_dim"] = weights["text_proj.weight"].shape[0]
+    return sizes
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    if name not in weights:
+        raise ConversionError(f"{name} is missing: the size of the model cannot be told")
+    return tuple(weights[name].shape)
