@@ -19,6 +19,7 @@ from imglish.checkpoints.transfer import transfer
 from imglish.data.augment import policy
 from imglish.data.dataset import PairDataset
 from imglish.data.errors import DataError
+from imglish.data.images import ImageTransform
 from imglish.data.loader import Beside
 from imglish.data.masking import MaskConfig
 from imglish.data.mixgen import MixGen
@@ -333,6 +334,8 @@ def mixtures(recipe: Recipe, materials: Materials) -> MixGen | None:
         return None
     if recipe.data.captions not in ("one", "all", 1):
         raise SettingsError("data.mixgen", "mixtures of pictures with several captions each are not defined")
+    if not isinstance(materials.config.image.transform(None, False), ImageTransform):
+        raise SettingsError("data.mixgen", "this model takes pictures of several sizes, which cannot be blended")
     return MixGen.of(every, materials.tokenizer, getattr(materials.config, "prompt", ""))
 
 
