@@ -11,6 +11,7 @@ COMMANDS = {
     "eval": ("imglish.cli.evaluate", "measure a checkpoint: image-text retrieval, captioning"),
     "caption": ("imglish.cli.caption", "write captions for pictures: files and folders"),
     "convert": ("imglish.cli.convert", "read a released checkpoint and write it as a folder of this library"),
+    "models": ("imglish.cli.models", "what can be trained, and which public checkpoints can be loaded"),
     "data": ("imglish.cli.data", "look at data, write them in another layout, draw scenes"),
     "quickstart": ("imglish.cli.quickstart", "train and evaluate a small model on data drawn here, and write a report"),
 }
