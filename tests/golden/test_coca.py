@@ -121,7 +121,7 @@ def outputs(case: Case, model: Coca, batch: Batch, monkeypatch: pytest.MonkeyPat
     found["text.embeds"] = torch.cat([spread(embedded, segments, length), classes], 1)
     given = torch.from_numpy(lm_rows(segments)[0])
     inputs, one = Segments.of(n - 1 for n in segments.lengths), Segments.equal(len(batch), 1)
-    logits = model.decode(rows[given], inputs, model.project_images(tokens), one)
+    logits = model.head(model.decode(rows[given], inputs, model.project_images(tokens), one))
     found["logits"] = spread(logits, inputs, length - 1)
     found |= {"image_features": model.encode_images(batch.images).features}
     found |= {"text_features": model.encode_texts(batch.texts).features, "logit_scale_exp": model.logit_scale.exp()}
@@ -261,7 +261,7 @@ class Reencoding(nn.Module):
         mine = upload_index(state.memory.segments.rows_of([picture]), rows.device)
         layers = tuple((k[mine], v[mine]) for k, v in state.memory.layers)
         memory = ImageMemory(layers, state.memory.segments.select([picture]))
-        return model.decode(rows, length, memory, Segments.equal(1, 1))[-1:]
+        return model.head(model.decode(rows, length, memory, Segments.equal(1, 1))[-1:])
 
 
 @pytest.mark.parametrize(

@@ -320,9 +320,18 @@ def test_nothing_is_computed_for_padding_tflop() -> None:
 def test_logits_are_made_for_positions_with_a_target_only() -> None:
     model = trained(coca_tiny())
     rows: list[int] = []
-    model.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    model.norm.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
     model.losses(make_batch(model.config, LENGTHS))
     assert rows == [sum(LENGTHS) - len(LENGTHS)]
+
+
+def test_chunks_change_nothing() -> None:
+    batch, results = make_batch(coca_tiny(), LENGTHS, 2), []
+    for chunk in (None, 5):
+        model = trained(replace(coca_tiny(), chunk=chunk))
+        losses = model.losses(batch)
+        results.append(gradients(model, losses) | {"loss": losses["caption"].detach()})
+    close(results[1], results[0])
 
 
 # ---- encoders and captions ------------------------------------------------------------------------------------------
@@ -357,7 +366,7 @@ def test_continued_captions_equal_whole_ones(variant: str) -> None:
         texts = TextBatch.of(given.tolist())
         rows, _ = model.text(texts)
         memory = model.project_images(images.tokens)
-        whole = model.decode(rows, texts.segments, memory, Segments.equal(2, 2)).view(4, 6, -1)
+        whole = model.head(model.decode(rows, texts.segments, memory, Segments.equal(2, 2))).view(4, 6, -1)
     torch.testing.assert_close(found[0], whole[::2, 1], rtol=1e-4, atol=1e-4)
     for position in range(2, 6):
         torch.testing.assert_close(found[position - 1], whole[:, position], rtol=1e-4, atol=1e-4)

@@ -31,7 +31,8 @@ from imglish.nn.cache import LayerCache
 from imglish.nn.pool import QueryPool
 from imglish.nn.segments import Rows, Segments, upload_index
 from imglish.objectives.itc import itc_loss
-from imglish.objectives.lm import lm_loss, lm_rows
+from imglish.objectives.lm import lm_rows
+from imglish.objectives.vocabulary import vocabulary_loss
 
 PAD = 0  # the filling of texts in open_clip, which its released weights have learned to read
 
@@ -62,7 +63,8 @@ class CocaConfig:
     linear map from pooled picture and [CLS] to the joint space (open_clip; the paper has none).
     cls_sees: "text", the [CLS] token sees its text and itself; "released", what open_clip's released weights see
     (their mask is shifted by one): also one token of filling, and itself only behind a text of full length.
-    contrastive_weight, caption_weight: of the two losses. chunk: as in CLIP.
+    contrastive_weight, caption_weight: of the two losses. chunk: rows of the similarity matrix, and of the logits over
+    the vocabulary, that are computed at a time (None: all).
     """
 
     vision: VitConfig = field(default_factory=lambda: coca_vit(288, 18, 768, 12, 12))
@@ -337,15 +339,15 @@ class Coca(nn.Module):
         return ImageMemory(made, Segments.equal(tokens.shape[0], tokens.shape[1]))
 
     def decode(self, rows: Tensor, segments: Segments, memory: ImageMemory, texts: Segments) -> Tensor:
-        """Logits ``(T, V)`` of the next token behind every row.
+        """States ``(T, D)`` behind every row, normalised, of which ``head`` makes the logits of the next token.
 
         rows: ``(T, D)`` of the lower half, ``segments`` their texts, in the order of their pictures;
         ``texts.lengths[i]``: how many consecutive texts belong to picture i of ``memory``.
         """
         for layer, (k, v) in zip(self.layers, memory.layers, strict=True):
             rows = layer(rows, segments, Memory(k, v, memory.segments, texts), causal=True)
-        logits: Tensor = self.head(self.norm(rows))
-        return logits
+        states: Tensor = self.norm(rows)
+        return states
 
     def caption_form(self) -> CaptionForm:
         return CaptionForm(longest=self.config.max_length)
@@ -405,9 +407,10 @@ class Coca(nn.Module):
         inputs = Segments.of(max(n - 1, 0) for n in segments.lengths)
         texts = Segments.equal(len(batch), batch.captions)
         memory = self.project_images(towers.tokens)
-        logits = self.decode(towers.rows[upload_index(predicting, device)], inputs, memory, texts)
+        states = self.decode(towers.rows[upload_index(predicting, device)], inputs, memory, texts)
         targets = batch.texts.ids[upload_index(predicted, device)]
-        nats = lm_loss(logits, targets, count=batch.tokens - len(batch.texts))
+        count = batch.tokens - len(batch.texts)
+        nats = vocabulary_loss(states, self.head.weight, targets, count, self.config.chunk)
         losses["caption"] = nats * self.config.caption_weight
         losses["metric/token_nats"] = nats.detach()
         return losses
