@@ -115,3 +115,18 @@ def _environment() -> dict[str, str]:
     import os
 
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+
+
+def test_captions_are_cleaned_as_the_model_was_trained(folder: Path, tmp_path: Path) -> None:
+    """The report shows the captions that were encoded; an option replaces what the checkpoint says."""
+    loaded = native.load(folder / "clip-tiny")
+    meta = {"recipe": {"data": {"clean": "albef", "max_words": 3}}}
+    native.export(tmp_path / "model", loaded.model, loaded.tokenizer, meta)
+    seen = {}
+    for style in ([], ["--clean", "none"], ["--max-words", "2"]):
+        arguments = [*_arguments(folder, "clip-tiny"), "--rerank", "0", "--out", str(tmp_path / "out"), *style]
+        arguments[arguments.index("--model") + 1] = str(tmp_path / "model")
+        assert main(arguments) == 0
+        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        seen["".join(style)] = "blue shoes and" in page, "two blue shoes" in page
+    assert seen == {"": (False, True), "--cleannone": (True, True), "--max-words2": (False, False)}

@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep", type=_numbers, default=(), metavar="4,8,16", help="also report these smaller k")
     add("--ks", type=_numbers, default=(1, 5, 10), metavar="1,5,10", help="which R@k (default: 1,5,10)")
     add("--score-rule", choices=("itm", "itm_probability", "itm+itc"), help="default: as the checkpoint says")
+    add("--clean", choices=("albef", "blip", "none"), help="clean-up of captions (default: as the model was trained)")
+    add("--max-words", type=int, help="of a caption, with --clean (default: as the model was trained)")
     add("--ties", choices=("pessimistic", "optimistic", "stable_reversed"), default="pessimistic")
     add("--batch", type=int, default=64, help="pictures that pass the tower at a time (default: 64)")
     add("--pairs", type=int, default=512, help="pairs that pass the fusion at a time (default: 512)")
@@ -142,6 +144,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     )
     with process_group(device):
         records, errors = _records(arguments)
+        records = _cleaned(records, arguments, loaded.meta)
         load_picture = region_loader(RegionFile(arguments.regions)) if arguments.regions else None
         model = loaded.model.to(device)
         result = evaluate_retrieval(model, loaded.tokenizer, records, config, load_picture, errors=errors)
@@ -187,6 +190,16 @@ def _captioning(arguments: argparse.Namespace) -> int:
         (out / "captioning.json").write_text(result.to_json() + "\n", encoding="utf-8")
         print(f"report: {path}")
     return 0
+
+
+def _cleaned(records: Sequence[Record], arguments: argparse.Namespace, meta: dict[str, Any]) -> Sequence[Record]:
+    """With the captions as the model was trained on them, or as the options say."""
+    from imglish.data.text import clean_record
+
+    trained = meta.get("recipe", {}).get("data", {})
+    style = arguments.clean or trained.get("clean", "none")
+    most = arguments.max_words or trained.get("max_words", 30)
+    return records if style == "none" else [clean_record(record, most, style) for record in records]
 
 
 def _records(arguments: argparse.Namespace) -> tuple[Sequence[Record], Errors]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Literal
+
+from imglish.data.records import Record
 
 CaptionStyle = Literal["albef", "blip", "none"]
 
@@ -33,6 +36,14 @@ def clean_caption(text: str, max_words: int = 30, style: CaptionStyle = "albef")
         text = text.replace("<person>", "person")
     text = _SPACES.sub(" ", text).rstrip("\n").strip(" ")
     return _first_words(text, max_words)
+
+
+def clean_record(record: Record, max_words: int, style: CaptionStyle) -> Record:
+    """The record with its captions, and its wrong captions, as :func:`clean_caption` has them."""
+    captions, swapped = (
+        tuple(clean_caption(text, max_words, style) for text in texts) for texts in (record.captions, record.swapped)
+    )
+    return replace(record, captions=captions, swapped=swapped)
 
 
 def clean_question(text: str, max_words: int = 50, style: CaptionStyle = "albef") -> str:

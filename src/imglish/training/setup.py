@@ -27,13 +27,13 @@ from imglish.data.records import Record
 from imglish.data.regions import RegionFile, RegionFileError
 from imglish.data.sources import Needs, SourceConfig, open_source
 from imglish.data.sources.base import digest
-from imglish.data.text import clean_caption
+from imglish.data.text import clean_caption, clean_record
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
 from imglish.models.vilt_pictures import RegionInput
 from imglish.models.vit import VisionTransformer
 from imglish.objectives.gather import rank, world_size
-from imglish.training.config import DataRecipe, Recipe
+from imglish.training.config import Recipe
 from imglish.training.settings import SettingsError, fill
 
 
@@ -90,7 +90,7 @@ def gather_materials(
         validation = read_source(recipe, "validation", needs, errors_file)
     held_out = validation[: recipe.validation.limit]
     if recipe.data.clean != "none":
-        held_out = [_cleaned(record, recipe.data) for record in held_out]
+        held_out = [clean_record(record, recipe.data.max_words, recipe.data.clean) for record in held_out]
     start = loaded.model if loaded is not None else None
     targets = _exported(recipe.targets, "targets").model if recipe.targets is not None else None
     stage = _exported(str(recipe.model["start"]), "model.start") if "start" in recipe.model else None
@@ -120,11 +120,6 @@ def gather_materials(
         # without opening and closing token
         config = dataclasses.replace(config, prompt_tokens=len(tokenizer.encode([prompt])[0]) - 2)
     return Materials(train, held_out, tokenizer, config, start, targets, earlier, alone)
-
-
-def _cleaned(record: Record, data: DataRecipe) -> Record:
-    captions = tuple(clean_caption(text, data.max_words, data.clean) for text in record.captions)
-    return dataclasses.replace(record, captions=captions)
 
 
 def base_config(recipe: Recipe) -> tuple[Any, Loaded | None]:
@@ -257,7 +252,8 @@ def _tokenizer(recipe: Recipe, max_length: int, records: Sequence[Record]) -> To
             raise SettingsError("tokenizer.load", str(error)) from error
     text = [""]
     if rank() == 0:
-        captions = (caption for record in records for caption in _cleaned(record, recipe.data).captions)
+        data = recipe.data
+        captions = (clean_caption(text, data.max_words, data.clean) for record in records for text in record.captions)
         trained = Tokenizer.train_wordpiece(
             captions, wanted.vocab_size, max_length=max_length, append_sep=wanted.append_sep
         )
