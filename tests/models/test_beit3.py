@@ -177,7 +177,7 @@ def step_flops(config: Beit3Config, pairs: int, tokens: int, alone: int) -> floa
     """FLOPs (2 a multiply-add) of forward and backward on shapes alone, without the tokenizer."""
     batch = make_batch(config, [tokens] * pairs, [tokens] * alone)
     with torch.device("meta"):
-        model = config.build()
+        model = config.build().to("meta")
 
     class Nothing(CodeTeacher):
         def codes(self, images: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -204,9 +204,9 @@ def beit_large() -> BeitConfig:
 
 
 def beit_small() -> BeitConfig:
-    """For thousands of real photographs and CPUs; 5 x 5 patches, 512 codes."""
+    """For thousands of real photographs and CPUs; 5 x 5 patches, 256 codes."""
     image = ImageInput(80, HALF, HALF)
-    return BeitConfig(image, codes=512, width=192, depth=4, heads=3, hidden=768, drop_path=0.0)
+    return BeitConfig(image, codes=256, width=192, depth=4, heads=3, hidden=768, drop_path=0.0)
 
 
 def beit_tiny() -> BeitConfig:

@@ -376,12 +376,12 @@ def beit3_giant() -> Beit3Config:
 
 
 def beit3_small() -> Beit3Config:
-    """For thousands of real photographs and CPUs; 5 x 5 patches, 512 codes."""
+    """For thousands of real photographs and CPUs; 5 x 5 patches, 256 codes."""
     return Beit3Config(
         ImageInput(80, HALF, HALF),
         vocab_size=4000,
         max_length=64,
-        codes=512,
+        codes=256,
         width=192,
         depth=4,
         heads=3,

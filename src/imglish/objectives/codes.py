@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imglish.objectives.gather import global_mean, world_size
+from imglish.objectives.gather import gather_with_grad, global_mean, world_size
 
 PIXEL_MARGIN = 0.1  # DALL-E keeps pixels this far from 0 and 1, where the logit is infinite
 
@@ -45,6 +45,20 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     """Divergence of softmax(``logits (B, K, ...)``) over dimension 1 from the uniform distribution, mean over cells."""
     log_q = F.log_softmax(logits, dim=1)
     return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(1).mean()
+
+
+def untold(logits: Tensor) -> Tensor:
+    """How much less than log K nats the codes of a batch tell about their cells, 0-D in 0..log K, with gradient.
+
+    logits: ``(B, K, ...)``. What codes tell is the mutual information of cell and code: the entropy of the mean of
+    softmax(logits) over the cells of all ranks, less the mean of their entropies. Nothing is told where all cells have
+    one code, and nothing where every cell has all codes alike.
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    p = log_p.exp()
+    mean = gather_with_grad(p.movedim(1, -1).flatten(0, -2).mean(0, keepdim=True)).mean(0)
+    told = (p * log_p).sum(1).mean() - (mean * mean.clamp(min=1e-12).log()).sum()
+    return math.log(logits.shape[1]) - told
 
 
 def cosine_distance(predicted: Tensor, target: Tensor) -> Tensor:
