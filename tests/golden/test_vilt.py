@@ -90,33 +90,24 @@ def pieces_of(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     return pieces.rows_of(range(0, pieces.count, 2)), pieces.rows_of(range(1, pieces.count, 2))
 
 
-class Officially:
-    """The rows of our packed pairs at the places of the official padded sequences."""
+def check_rows(case: Case, name: str, rows: Tensor, mask: Tensor) -> None:
+    """Compare packed rows with the valid places of an official padded output, which may be stored whole or sampled."""
+    how = case.meta["outputs"][name]
+    padded = rows.new_zeros(*mask.shape, rows.shape[1])
+    padded[mask.bool()] = rows
+    step = 1 if how["stored"] == "full" else int(how["stored"].split("::")[1].rstrip("]"))
+    valid = mask.bool()[..., None].expand(padded.shape).reshape(-1)[::step]
+    actual, expected = padded.detach().reshape(-1)[::step][valid], case.outputs[name].reshape(-1)[valid]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * how["absmax"], msg=lambda m: f"{name}: {m}")
 
-    def __init__(self, case: Case, prefix: str, text_mask: Tensor) -> None:
-        self.case, self.prefix = case, prefix
-        self.text = text_mask.bool()
-        self.image = case.outputs[f"{prefix}image_masks"].bool()
 
-    def check(self, model: Vilt, states: Tensor, pairs: Pairs) -> None:
-        text, image = pieces_of(pairs)
-        self.rows("text_feats", states[text], self.text)
-        self.rows("image_feats", states[image], self.image)
-        cls = states[pairs.segments.starts(states.device)]
-        check(self.case, f"{self.prefix}raw_cls_feats", cls)
-        check(self.case, f"{self.prefix}cls_feats", model.pool(cls))
-
-    def rows(self, name: str, rows: Tensor, mask: Tensor) -> None:
-        """Compare at the valid places, of a whole or a sampled output."""
-        name = f"{self.prefix}{name}"
-        how = self.case.meta["outputs"][name]
-        padded = rows.new_zeros(*mask.shape, rows.shape[1])
-        padded[mask] = rows
-        step = 1 if how["stored"] == "full" else int(how["stored"].split("::")[1].rstrip("]"))
-        valid = mask[..., None].expand(padded.shape).reshape(-1)[::step]
-        expected = self.case.outputs[name].reshape(-1)
-        actual = padded.detach().reshape(-1)[::step]
-        torch.testing.assert_close(actual[valid], expected[valid], rtol=0, atol=1e-4 * how["absmax"])
+def check_states(case: Case, prefix: str, model: Vilt, states: Tensor, pairs: Pairs, text_mask: Tensor) -> None:
+    text, image = pieces_of(pairs)
+    check_rows(case, f"{prefix}text_feats", states[text], text_mask)
+    check_rows(case, f"{prefix}image_feats", states[image], case.outputs[f"{prefix}image_masks"])
+    cls = states[pairs.segments.starts(states.device)]
+    check(case, f"{prefix}raw_cls_feats", cls)
+    check(case, f"{prefix}cls_feats", model.pool(cls))
 
 
 def own_pairs(model: Vilt, pictures: PatchBatch, texts: TextBatch, images: list[int] | None = None) -> Pairs:
@@ -150,14 +141,12 @@ def test_pretraining_step(path: Path) -> None:
     losses = {"mlm": mlm_loss(model.fill_masks(tokens, masked, masked_ids.segments), masked.labels)}
     pairs = own_pairs(model, seen["mlm_infer"], masked_ids)
     states = model.read_pairs(pairs)
-    Officially(case, "mlm_infer/", mask).check(model, states, pairs)
-    logits = model._words(states[pieces_of(pairs)[0]])
-    expected = case.outputs["mlm_logits"][mask.bool()]
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    check_states(case, "mlm_infer/", model, states, pairs, mask)
+    check_rows(case, "mlm_logits", model._words(states[pieces_of(pairs)[0]]), mask)
 
     pairs = own_pairs(model, seen["itm_infer"], texts_of(inputs["text_ids"], mask))
     found, states = model.itm_wpa(pairs, matched.numpy())
-    Officially(case, "itm_infer/", mask).check(model, states, pairs)
+    check_states(case, "itm_infer/", model, states, pairs, mask)
     check(case, "itm_logits", model.itm_head(model.pool(states[pairs.segments.starts(states.device)])))
     losses |= {name: value for name, value in found.items() if not name.startswith("metric/")}
     check_alignment(case, model, states, pairs, matched)
@@ -179,12 +168,10 @@ def check_alignment(case: Case, model: Vilt, states: Tensor, pairs: Pairs, match
     cost, valid = cosine_cost(states[words], word_segments, states[patches], patch_segments)
     plan = transport_plan(cost, valid)
     officially = ~case.outputs["wpa/txt_pad"].bool()[:, :, None] & ~case.outputs["wpa/img_pad"].bool()[:, None]
-    for name, ours, theirs in (
-        ("wpa/cost", cost, case.outputs["wpa/cost"]),
-        ("wpa/T", plan, case.outputs["wpa/T"].mT),
-    ):
-        absmax = case.meta["outputs"][name]["absmax"]
-        torch.testing.assert_close(ours[valid], theirs[officially], rtol=0, atol=1e-4 * absmax)
+    for name, ours in (("wpa/cost", cost), ("wpa/T", plan)):
+        found = torch.zeros(officially.shape)
+        found[officially] = ours.detach()[valid]
+        check(case, name, found if name == "wpa/cost" else found.mT.contiguous())
 
 
 def check_gradients(case: Case, model: torch.nn.Module) -> None:
@@ -207,10 +194,10 @@ def test_encoding(path: Path) -> None:
     pairs = own_pairs(model, pictures, texts_of(case.inputs["text_ids"], mask))
     with torch.no_grad():
         states = model.read_pairs(pairs)
-        Officially(case, "", mask).check(model, states, pairs)
+        check_states(case, "", model, states, pairs, mask)
         check(case, "itm_logits", model.itm_head(model.pool(states[pairs.segments.starts(states.device)])))
         logits = model._words(states[pieces_of(pairs)[0]])
-    Officially(case, "", mask).rows("mlm_logits", logits, mask.bool())
+    check_rows(case, "mlm_logits", logits, mask)
 
 
 @pytest.mark.parametrize("path", cases("vilt-visualembed"), ids=lambda p: p.name)
@@ -234,13 +221,11 @@ def test_pictures_of_several_sizes(path: Path) -> None:
         assert [h for h, _ in pictures.grids] == case.outputs[f"{run}/x_h"].tolist()
         assert [w for _, w in pictures.grids] == case.outputs[f"{run}/x_w"].tolist()
         made = rows(pictures)
-        limit = 1e-4 * case.meta["outputs"][f"{run}/embed"]["absmax"]
-        torch.testing.assert_close(made.rows, case.outputs[f"{run}/embed"][mask], rtol=0, atol=limit)
+        check_rows(case, f"{run}/embed", made.rows, mask)
         positions = grid_positions(rows.positions[1:], pictures)
         patches = mask.clone()
         patches[:, 0] = False
-        expected = case.outputs[f"{run}/pos_embed_selected"][patches]
-        torch.testing.assert_close(positions, expected, rtol=0, atol=1e-5)
+        check_rows(case, f"{run}/pos_embed_selected", positions, patches)
 
 
 @pytest.mark.parametrize("path", cases("vilt-wpa"), ids=lambda p: p.name)
@@ -285,7 +270,7 @@ def test_ranking_head(path: Path) -> None:
     check(case, "score", score)
     owner = [b for b in range(len(pictures)) for _ in range(1 + len(false))]
     pairs = own_pairs(model.vilt, pictures, texts, owner)
-    Officially(case, "", mask).check(model.vilt, model.vilt.read_pairs(pairs), pairs)
+    check_states(case, "", model.vilt, model.vilt.read_pairs(pairs), pairs, mask)
     loss = F.cross_entropy(score, torch.zeros(len(score), dtype=torch.int64))
     check(case, "irtr_loss", loss)
     loss.backward()
