@@ -265,3 +265,15 @@ def test_cells_with_a_path_in_place_of_the_bytes(tmp_path: Path) -> None:
         with pytest.raises(ImageError) as raised:
             decode(record.image)
         assert raised.value.reason == reason
+
+
+def test_columns_of_vectors_are_not_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    layouts.pictures(tmp_path)
+    table = pa.table({"path": list(NAMES), "text": list("abc"), "embedding": [[0.5] * 8] * 3, "ids": [[1, 2]] * 3})
+    pa.parquet.write_table(table, tmp_path / "x.parquet")
+    assert [record.captions for record in open_source(tmp_path / "x.parquet")] == [("a",), ("b",), ("c",)]
+    with pytest.raises(DataError, match=r"no caption in 'embedding' \(fields: path, text\)"):
+        open_source(tmp_path / "x.parquet", caption_fields=("embedding",))

@@ -189,10 +189,14 @@ def _open(config: SourceConfig, tables: list[Table], errors: Errors) -> ColumnSo
 
 
 def _rows(arrow: Any, table: Table, number: int, config: SourceConfig) -> Iterator[Row]:
-    """Rows of one file; a column with pictures is not read."""
+    """Rows of one file; columns with pictures or vectors are not read."""
     handle = _OPEN.get(table.path, table.stat)
     holder = None if config.needs == "texts" else _holder(arrow, handle.schema, config)
-    columns = [name for name in handle.schema.names if not _holds_bytes(arrow, handle.schema.field(name).type)]
+    columns = [
+        field.name
+        for field in handle.schema
+        if not _holds_bytes(arrow, field.type) and not _is_vector(arrow, field.type)
+    ]
     count = 0
     for batch in handle.batches(columns):
         names = batch.schema.names
@@ -205,6 +209,13 @@ def _rows(arrow: Any, table: Table, number: int, config: SourceConfig) -> Iterat
 def _holder(arrow: Any, schema: Any, config: SourceConfig) -> str | None:
     names = [config.image_field] if config.image_field else [*IMAGE, *ENCODED]
     return next((n for n in names if n in schema.names and _holds_bytes(arrow, schema.field(n).type)), None)
+
+
+def _is_vector(arrow: Any, kind: Any) -> bool:
+    """Whether a column holds embeddings or the like, which nobody asks for here."""
+    types = arrow.types
+    lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return lists and bool(types.is_floating(kind.value_type) or types.is_integer(kind.value_type))
 
 
 def _holds_bytes(arrow: Any, kind: Any) -> bool:
