@@ -17,7 +17,7 @@ from imglish.generation.engine import caption
 from imglish.models.coca import Coca
 from imglish.training.config import Recipe
 from imglish.training.settings import SettingsError
-from imglish.training.setup import gather_materials, pair_dataset
+from imglish.training.setup import gather_materials, new_model, pair_dataset
 from imglish.training.step import Stepper, split
 from imglish.training.trainer import train
 from tests.training.support import assert_same, final_state, recipe, records
@@ -85,3 +85,15 @@ def test_clip_trains_with_several_captions(tmp_path: Path) -> None:
 def test_captions_need_a_closing_token() -> None:
     with pytest.raises(SettingsError, match=r"tokenizer\.append_sep: coca learns from the closing token"):
         gather_materials(recipe("unused", "coca"), records(), None, None)
+
+
+def test_a_run_at_another_size_of_pictures_begins_with_the_weights_of_one_before(tmp_path: Path) -> None:
+    """The paper's last epoch has pictures of twice the side: positions are fitted, everything else goes over."""
+    train(coca(tmp_path / "small", schedule={"steps": 4, "warmup_steps": 1}), records())
+    large = coca(tmp_path / "large", schedule={"steps": 2, "warmup_steps": 1})
+    large.model.update(start=str(tmp_path / "small" / "model"), vision=large.model["vision"] | {"image": {"size": 32}})
+    materials = gather_materials(large, records(), None, None)
+    before, after = load(str(tmp_path / "small" / "model")).model.state_dict(), new_model(materials, 0).state_dict()
+    assert [name for name in after if not torch.equal(before[name], after[name])] == ["vision.positions"]
+    assert (before["vision.positions"].shape, after["vision.positions"].shape) == ((4, 32), (16, 32))
+    assert train(large, records()).step == 2

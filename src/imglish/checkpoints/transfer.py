@@ -6,6 +6,7 @@ first values, and both are named; anything else that does not fit is an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -28,7 +29,7 @@ OWN_OF_A_STAGE = {
         "text_proj*",
         "logit_scale*",
     ),
-    "beit3": ("mlm_head.*", "mim_head.*", "image_proj.*", "text_proj.*", "logit_scale"),
+    "beit3": ("mlm_head.*", "mim_head.*", "image_proj.*", "text_proj.*", "logit_scale", "itm_head.*"),
 }
 """Families whose stages differ in their parts: names that only one of two stages may have."""
 
@@ -70,6 +71,10 @@ def _fitted(name: str, source: nn.Module, target: nn.Module) -> Transform | None
         return Transform(lambda x: resize_relative(x, before.grid, after.grid), _not_back)
     if name in ("positions", "body.image_positions"):
         return Transform(lambda x: resize_grid(x, (after.grid, after.grid)), _not_back)
+    if name == "vision.positions":
+        vision = after.vision
+        side, prefix = vision.image.size // vision.patch, int(vision.class_token)
+        return Transform(lambda x: resize_grid(x, (side, side), prefix, antialias=side < math.isqrt(len(x))), _not_back)
     if name in ("embedding.positions.weight", "body.text_positions"):
         return Transform(lambda x: x[: after.max_length], _not_back)
     return None
