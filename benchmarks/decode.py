@@ -177,8 +177,11 @@ def main() -> None:
             for workers in options.workers
             for row in over_workers(paths, transform, options.batch, workers, options.batches, options.step_ms / 1000)
         ]
-        print()
-        print(table(["workers", "", "first batch", "images/s", f"waiting, steps of {options.step_ms:.0f} ms"], rows))
+        if rows:
+            print()
+            print(
+                table(["workers", "", "first batch", "images/s", f"waiting, steps of {options.step_ms:.0f} ms"], rows)
+            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 
 import numpy as np
@@ -39,6 +40,13 @@ def test_equal_configs_give_equal_data() -> None:
     assert [r.captions for r in one] != [r.captions for r in SceneSource(SceneConfig(scenes=20, seed=5)).training()]
     fewer = SceneSource(SceneConfig(scenes=10, pairs=3, seed=4)).training()
     assert fewer == one[:10]
+
+
+def test_the_default_scenes_stay_what_they_are() -> None:
+    """What the quickstart trains on: more people, things and noise must not change it."""
+    said = [(record.captions, record.swapped) for record in SceneSource(SceneConfig(scenes=50)).training()]
+    found = hashlib.sha256(repr(said).encode()).hexdigest()
+    assert found[:16] == "8c90e991438fd939"
 
 
 def test_pictures_are_drawn_alike_and_differ_between_scenes() -> None:
