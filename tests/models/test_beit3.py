@@ -14,10 +14,20 @@ from imglish.data.batch import Batch, MaskedTexts, PatchMasks, TextBatch, Unpair
 from imglish.data.patch_masks import block_mask, pack_patch_masks
 from imglish.generation.config import GenerationConfig
 from imglish.generation.engine import generate
-from imglish.models.beit3 import Beit3, Beit3Config, beit3_base, beit3_giant, beit3_tiny, beit3_tiny_paper
+from imglish.models.beit3 import (
+    Beit3,
+    Beit3Config,
+    MatchingBeit3,
+    beit3_base,
+    beit3_giant,
+    beit3_tiny,
+    beit3_tiny_paper,
+)
+from imglish.models.capabilities import Matches
 from imglish.models.visual_codes import CodeTeacher
 from imglish.nn.experts import Packing
 from imglish.nn.segments import Segments
+from imglish.objectives.itm import draw_negatives, negative_weights
 from imglish.training.step import split
 
 LENGTHS = [9, 3, 12, 5]
@@ -323,3 +333,42 @@ def test_size_of_the_paper() -> None:
     for count, expected in zip(parts.values(), published, strict=True):
         assert abs(count / 1e6 - expected) < 1
     assert round(sum(p.numel() for p in giant.parameters()) / 1e9, 1) == 1.9
+
+
+def matching() -> MatchingBeit3:
+    model = trained(replace(beit3_tiny(), objective="itc", outputs=("itc", "itm")))
+    assert isinstance(model, MatchingBeit3)
+    return model
+
+
+def test_matching_reads_pairs() -> None:
+    model = matching()
+    assert isinstance(model, Matches)
+    assert not isinstance(trained(beit3_tiny()), Matches)
+    batch = make_batch(model.config, [5, 8, 3])
+    images, texts = model.encode_images(batch.squares), model.encode_texts(batch.texts)
+    memory = model.project_images(images.tokens)
+    grid = model.match(memory, texts, [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 2] * 3).reshape(3, 3, 2)
+    some = model.match(memory, texts, [2, 0, 2, 1], [1, 1, 0, 2])
+    torch.testing.assert_close(some, torch.stack([grid[2, 1], grid[0, 1], grid[2, 0], grid[1, 2]]))
+    states = model.encode_pairs(batch.squares, batch.texts).flatten(1)
+    torch.testing.assert_close(model.itm_head(states), grid[[0, 1, 2], [0, 1, 2]])
+
+
+def test_matching_learns_from_hard_negatives() -> None:
+    model = matching()
+    batch = make_batch(model.config, LENGTHS)
+    embedded = model.embed(batch)
+    assert model.logit_scale is not None
+    scale, ids = model.logit_scale.exp(), batch.image_ids
+    texts = draw_negatives(negative_weights(scale * embedded.image @ embedded.text.T, ids, ids), batch.draws[:, 1])
+    pictures = draw_negatives(negative_weights(scale * embedded.text @ embedded.image.T, ids, ids), batch.draws[:, 0])
+    memory = model.project_images(model.encode_images(batch.squares).tokens)
+    own = list(range(4))
+    logits = model.match(
+        memory, model.encode_texts(batch.texts), own + pictures.tolist() + own, own + own + texts.tolist()
+    )
+    expected = nn.functional.cross_entropy(logits, torch.tensor([1] * 4 + [0] * 8))
+    losses = model.losses(batch)
+    torch.testing.assert_close(losses["itm"], expected)
+    torch.testing.assert_close(losses["itc"], model.contrast(embedded)["itc"])

@@ -16,9 +16,9 @@ from tests.ranks import run_ranks
 LENGTHS = [9, 3, 12, 5, 7, 4]
 
 
-def step(rank: int, parts: int, objective: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+def step(rank: int, parts: int, objective: str, outputs: tuple[str, ...]) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Losses and gradients of the part of the batch that belongs to ``rank``."""
-    model = trained(replace(beit3_tiny(), objective=objective))
+    model = trained(replace(beit3_tiny(), objective=objective, outputs=outputs))
     batch = split(make_batch(model.config, LENGTHS, [4, 7, 5, 6]), parts)[rank]
     losses = model.losses(batch, teacher_of(model.config) if objective == "mdm" else None)
     total(losses).backward()
@@ -26,10 +26,13 @@ def step(rank: int, parts: int, objective: str) -> tuple[dict[str, float], dict[
     return {k: float(v.detach()) for k, v in losses.items() if not k.startswith("metric/")}, gradients
 
 
-@pytest.mark.parametrize("objective", ["mdm", "itc", "captions"])
-def test_two_processes_equal_one(objective: str) -> None:
-    alone_losses, alone = step(0, 1, objective)
-    results = run_ranks(2, step, 2, objective)
+@pytest.mark.parametrize(
+    ("objective", "outputs"),
+    [("mdm", ("mlm", "mim")), ("itc", ("itc",)), ("itc", ("itc", "itm")), ("captions", ("mlm",))],
+)
+def test_two_processes_equal_one(objective: str, outputs: tuple[str, ...]) -> None:
+    alone_losses, alone = step(0, 1, objective, outputs)
+    results = run_ranks(2, step, 2, objective, outputs)
     for name, value in alone_losses.items():
         mean = sum(losses[name] for losses, _ in results) / 2
         assert abs(mean - value) < 1e-5 * max(1.0, abs(value)), name

@@ -17,7 +17,7 @@ from imglish.data.batch import Batch, TextBatch
 from imglish.data.tokenizers import Tokenizer
 from imglish.evaluation.encoding import Machine, picture_loader
 from imglish.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
-from imglish.models import registry, vlmo
+from imglish.models import hard_pairs, registry, vlmo
 from imglish.models.capabilities import Contrastive, EncodesImages, EncodesTexts, Matches
 from imglish.models.vlmo import Vlmo, VlmoConfig, vlmo_base, vlmo_base_plus, vlmo_large, vlmo_small, vlmo_tiny
 from imglish.training.optim import train_only
@@ -236,12 +236,12 @@ def count_flops(loss: Callable[[], Tensor]) -> int:
 
 
 def on_shapes(config: VlmoConfig, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[Vlmo, Batch]:
-    monkeypatch.setattr(vlmo, "HostCopy", FixedCopy)
+    monkeypatch.setattr(hard_pairs, "HostCopy", FixedCopy)
     monkeypatch.setattr(vlmo, "itc_loss", lambda image, text, scale, ids: (scale * image @ text.T).sum())  # no autocast
     batch = batch_for(config, lengths)
     with torch.device("meta"):
         model = replace(config, drop_path=0.0).build()
-    return model, batch.to("meta")
+    return model.to("meta"), batch.to("meta")
 
 
 def test_packed_step_saves_more_tflop_than_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,38 +12,41 @@ have vision-language experts on top: two settings of :class:`imglish.models.mult
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imglish.data.batch import Batch, PatchMasks, TextBatch
+from imglish.models.aligned import itm_losses
 from imglish.models.beit import HALF, token_rows
 from imglish.models.capabilities import Embedded, EncodedImages, EncodedTexts, ImageMemory
 from imglish.models.captioning import CaptionForm, CaptionState
+from imglish.models.hard_pairs import draw_pairs, pooled_negatives
 from imglish.models.multiway import Multiway, MultiwayConfig, init_multiway
+from imglish.models.multiway_captions import masked_states, next_states, picture_memory
 from imglish.models.visual_codes import CodeTeacher
 from imglish.models.vit import ImageInput
-from imglish.nn.attention import Memory, attend
-from imglish.nn.experts import ExpertBlock, Packing, Read
-from imglish.nn.prefix import attend_after, causal_mask, own_keys
-from imglish.nn.segments import Segments, upload_index
+from imglish.nn.experts import Packing, Read
+from imglish.nn.segments import Segments
 from imglish.objectives.codes import mim_loss
 from imglish.objectives.itc import itc_loss
 from imglish.objectives.mlm import mlm_loss, smoothed_mlm_loss
 
-Output = Literal["mlm", "mim", "itc"]
+Output = Literal["mlm", "mim", "itc", "itm"]
 
 
 @dataclass(frozen=True)
 class Beit3Config(MultiwayConfig):
     """Sizes of the body, heads and objective.
 
-    outputs: which heads exist: over words, over visual codes, projections for the contrast; objective: what ``losses``
-    trains: masked data modelling ("mdm"), the contrast ("itc"), or captioning by masked tokens ("captions"). codes:
+    outputs: which heads exist: over words, over visual codes, projections for the contrast, a matching head (not of the
+    published model, which retrieves by its towers alone); objective: what ``losses`` trains: masked data modelling
+    ("mdm"), the contrast ("itc"), with "itm" among the outputs also the matching of pairs with hard negatives, or
+    captioning by masked tokens ("captions"). hard_negatives: share of these drawn by similarity. codes:
     vocabulary of the visual tokenizer; mask_id: the token [MASK], which captions are decoded by; label_smoothing: of
     captioning; drop_worst: share of the masked tokens of a captioning batch whose loss is largest, left out
     (fine-tuning drops 0.2 of them late, against wrong captions).
@@ -54,6 +57,7 @@ class Beit3Config(MultiwayConfig):
     outputs: tuple[Output, ...] = ("mlm", "mim", "itc")
     objective: Literal["mdm", "itc", "captions"] = "mdm"
     temperature: float = 0.07
+    hard_negatives: float = 1.0
     label_smoothing: float = 0.1
     drop_worst: float = 0.0
 
@@ -96,9 +100,11 @@ class Beit3Config(MultiwayConfig):
         needed: dict[str, tuple[Output, ...]] = {"mdm": ("mlm", "mim"), "itc": ("itc",), "captions": ("mlm",)}
         if lacking := [head for head in needed[self.objective] if head not in self.outputs]:
             raise ValueError(f"objective {self.objective} needs the heads {', '.join(lacking)}: add them to outputs")
+        if not 0 <= self.hard_negatives <= 1:
+            raise ValueError(f"hard_negatives is {self.hard_negatives}, a share between 0 and 1")
 
     def build(self) -> Beit3:
-        return Beit3(self)
+        return MatchingBeit3(self) if "itm" in self.outputs else Beit3(self)
 
 
 class Beit3(nn.Module):
@@ -171,32 +177,13 @@ class Beit3(nn.Module):
     def start_captions(self, images: EncodedImages, room: int) -> CaptionState:
         """The pictures pass the layers here, once; what texts look at later are their keys and values."""
         assert isinstance(images.tokens, Tensor)
-        segments = Segments.equal(*images.tokens.shape[:2])
-        packing = Packing(fused_image=segments, fused_text=Segments((0,) * segments.count))
-        rows, layers = images.tokens.flatten(0, 1), []
-        for block in self._blocks:
-            q, k, v = block.attn.project(rows, packing)
-            layers.append((k, v))
-            rows = block.finish(rows, attend(q, k, v, segments, segments), packing)
-        return CaptionState.begin(ImageMemory(tuple(layers), segments), len(layers), room + 1)
+        memory = picture_memory(self.body, images.tokens)
+        return CaptionState.begin(memory, len(memory.layers), room + 1)
 
     def continue_captions(self, state: CaptionState, texts: TextBatch) -> Tensor:
         """Append ``texts`` and a [MASK] to each sequence; logits ``(N, V)`` of the [MASK], which is then forgotten."""
         assert self.mlm_head is not None
-        device, given = texts.ids.device, texts.segments
-        segments = Segments.of(length + 1 for length in given.lengths)
-        masked = texts.ids.new_full((segments.total,), self.config.mask_id)
-        ids = masked.index_copy(0, _shifted(given, device), texts.ids)
-        step = state.cache.extend(segments, device)
-        packing = Packing(fused_image=Segments((0,) * segments.count), fused_text=segments)
-        rows = self.body.text_rows(TextBatch(ids, segments), step.positions)
-        for layer, (block, picture) in enumerate(zip(self._blocks, state.memories(), strict=True)):
-            q, k, v = block.attn.project(rows, packing)
-            keys, values = step.cache.write(layer, k, v, step)
-            rows = block.finish(rows, attend_after(q, segments, picture, keys, values, step.mask), packing)
-        state.cache.forget(1)
-        one = Packing(fused_image=Segments((0,) * segments.count), fused_text=Segments.equal(segments.count, 1))
-        logits: Tensor = self.mlm_head(self.body.normed(rows[segments.ends(device)], one))
+        logits: Tensor = self.mlm_head(next_states(self.body, state, texts, self.config.mask_id))
         return logits
 
     def fill_caption_masks(
@@ -209,28 +196,7 @@ class Beit3(nn.Module):
         """
         assert self.mlm_head is not None
         pictures = self.body.picture_rows(images)
-        device, segments, many = images.device, texts.segments, Segments.equal(len(images), captions)
-        image = Segments.equal(*pictures.shape[:2])
-        packing = Packing(fused_image=image, fused_text=_of_pictures(segments, captions))
-        kept = Segments(counts)
-        nothing = Segments((0,) * len(images))
-        read = Read(index + image.total, Packing(fused_image=nothing, fused_text=_of_pictures(kept, captions)))
-        rows = torch.cat([pictures.flatten(0, 1), self.body.text_rows(texts)])
-        mask = causal_mask(segments, device)
-        for block in self._blocks[:-1]:
-            q, k, v = block.attn.project(rows, packing)
-            (q_i, q_t), (k_i, k_t), (v_i, v_t) = (x.split([image.total, segments.total]) for x in (q, k, v))
-            seen = Memory(k_i, v_i, image, many)
-            on_text = attend_after(q_t, segments, seen, own_keys(k_t, segments), own_keys(v_t, segments), mask)
-            rows = block.finish(rows, torch.cat([attend(q_i, k_i, v_i, image, image), on_text]), packing)
-        block = self._blocks[-1]
-        q, k, v = block.attn.project(rows, packing, read)
-        (k_i, k_t), (v_i, v_t) = (x.split([image.total, segments.total]) for x in (k, v))
-        mask = causal_mask(segments, device, kept, index)
-        seen = Memory(k_i, v_i, image, many)
-        mixed = attend_after(q, kept, seen, own_keys(k_t, segments), own_keys(v_t, segments), mask)
-        states = self.body.normed(block.finish(rows, mixed, packing, read), read.packing)
-        logits: Tensor = self.mlm_head(states)
+        logits: Tensor = self.mlm_head(masked_states(self.body, pictures, texts, index, counts, captions))
         return logits
 
     # ---- training -------------------------------------------------------------------------------------------------
@@ -261,10 +227,11 @@ class Beit3(nn.Module):
         assert self.text_proj is not None
         pictures, rows = self.body.picture_rows(batch.squares), self.body.text_rows(batch.texts)
         packing = Packing(image=Segments.equal(*pictures.shape[:2]), text=batch.texts.segments)
-        rows = torch.cat([pictures.flatten(0, 1), rows])
+        given, rows = rows, torch.cat([pictures.flatten(0, 1), rows])
         states = self.body.transform(rows, packing, Read.first(packing, rows.device))
         image, text = states.split([len(pictures), len(batch.texts)])
-        return Embedded(_features(self.image_proj, image), _features(self.text_proj, text), batch.image_ids)
+        features = _features(self.image_proj, image), _features(self.text_proj, text)
+        return Embedded(*features, batch.image_ids, towers=(pictures, given))
 
     def contrast(self, embedded: Embedded, teacher: CodeTeacher | None = None) -> dict[str, Tensor]:
         """Contrast of pictures and texts over the batch of all ranks, the stage between pre-training and retrieval."""
@@ -331,26 +298,45 @@ class Beit3(nn.Module):
         loss = smoothed_mlm_loss(logits, masked.labels, config.label_smoothing, config.drop_worst)
         return {"caption": loss, "metric/caption_accuracy": accuracy.detach()}
 
-    @property
-    def _blocks(self) -> tuple[ExpertBlock, ...]:
-        return cast(tuple[ExpertBlock, ...], tuple(self.body.blocks))
+
+class MatchingBeit3(Beit3):
+    """With a head that says whether a picture and a text belong together: towers recall, pairs rerank."""
+
+    def __init__(self, config: Beit3Config) -> None:
+        super().__init__(config)
+        self.itm_head = nn.Linear(2 * config.width, 2)
+        init_multiway(self.itm_head, config.width)
+
+    def project_images(self, tokens: Tensor) -> ImageMemory:
+        """The input rows ``tokens (B, L, D)`` themselves: pairs are read from the first layer on."""
+        return self.body.project_images(tokens)
+
+    def match(
+        self, memory: ImageMemory, texts: EncodedTexts, image_index: Sequence[int], text_index: Sequence[int]
+    ) -> Tensor:
+        """ITM logits ``(P, 2)``, column 1 = matched, of pairs of a picture of ``memory`` and one of ``texts``."""
+        logits: Tensor = self.itm_head(self.body.pooled(memory, texts, image_index, text_index))
+        return logits
+
+    def losses(
+        self, batch: Batch, teacher: CodeTeacher | None = None, feature_grads: Embedded | None = None
+    ) -> dict[str, Tensor]:
+        """As :meth:`Beit3.losses`; the contrast is joined by matching of B pairs and 2 B hard negatives."""
+        if self.config.objective != "itc":
+            return super().losses(batch, teacher, feature_grads)
+        assert self.logit_scale is not None
+        embedded = self.embed(batch)
+        losses = self.contrast(embedded) if feature_grads is None else embedded.surrogate(feature_grads)
+        scale, ids = self.logit_scale.exp().detach(), batch.image_ids
+        negatives = draw_pairs(embedded.image, embedded.text, scale, ids, batch.draws, self.config.hard_negatives)
+        tokens, rows = embedded.towers
+        own = self.body.pairs(tokens, rows, batch.texts.segments).flatten(1)
+        drawn = pooled_negatives(self.body, negatives, batch, tokens, rows)
+        return losses | itm_losses(self.itm_head(torch.cat([own, drawn])), negatives)
 
 
 def _features(head: nn.Module, rows: Tensor) -> Tensor:
     return F.normalize(head(rows).float(), dim=-1)
-
-
-def _of_pictures(texts: Segments, captions: int) -> Segments:
-    """Rows a text, added up to rows a picture."""
-    if captions == 1:
-        return texts
-    return Segments.of(np.asarray(texts.lengths, dtype=np.int64).reshape(-1, captions).sum(1))
-
-
-def _shifted(segments: Segments, device: torch.device) -> Tensor:
-    """Places of packed rows when every sequence gets one more row at its end, int64 ``(T,)``."""
-    where = np.arange(segments.total) + np.repeat(np.arange(segments.count), segments.lengths)
-    return upload_index(where, device)
 
 
 def _joined(first: PatchMasks, second: PatchMasks) -> PatchMasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from imglish.data.batch import PatchMasks, TextBatch
 from imglish.models.beit import HALF, replace_patches
+from imglish.models.capabilities import EncodedTexts, ImageMemory
 from imglish.models.vit import ImageInput
 from imglish.nn.embed import PatchEmbed
 from imglish.nn.experts import (
@@ -23,7 +25,7 @@ from imglish.nn.experts import (
     Packing,
     Read,
 )
-from imglish.nn.segments import Segments
+from imglish.nn.segments import Segments, upload_index
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,22 @@ class Multiway(nn.Module):
     def normed(self, rows: Tensor, packing: Packing) -> Tensor:
         """The final norm of each modality, where there is one."""
         return rows if self.norm is None else self.norm(rows, packing)
+
+    def project_images(self, tokens: Tensor) -> ImageMemory:
+        """The input rows ``tokens (B, L, D)`` themselves: pair sequences are read from the first layer on."""
+        return ImageMemory(((tokens.flatten(0, 1),),), Segments.equal(tokens.shape[0], tokens.shape[1]))
+
+    def pooled(
+        self, memory: ImageMemory, texts: EncodedTexts, image_index: Sequence[int], text_index: Sequence[int]
+    ) -> Tensor:
+        """Class token of the picture, then first token of the text, of each pair after all layers, ``(P, 2 D)``."""
+        if texts.rows is None:
+            raise ValueError("pairs need texts.rows: encode the texts with this model")
+        ((rows,),), device = memory.layers, texts.rows.device
+        pictures = rows[upload_index(memory.segments.rows_of(image_index), device)]
+        words = texts.rows[upload_index(texts.segments.rows_of(text_index), device)]
+        states = self.pairs(pictures.unflatten(0, (len(image_index), -1)), words, texts.segments.select(text_index))
+        return states.flatten(1)
 
     def pairs(self, pictures: Tensor, rows: Tensor, segments: Segments) -> Tensor:
         """Class token of the picture and first token of the text of B pairs after all layers, ``(B, 2, D)``.

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,16 +24,14 @@ from torch import Tensor, nn
 from imglish.data.batch import Batch, MaskedTexts, TextBatch
 from imglish.models.aligned import itm_losses
 from imglish.models.capabilities import Embedded, EncodedImages, EncodedTexts, ImageMemory
+from imglish.models.hard_pairs import draw_pairs, pooled_negatives
 from imglish.models.pairing import Negatives
 from imglish.models.vit import ImageInput
 from imglish.models.vlmo_body import HALF, VlmoBody, VlmoSizes
 from imglish.nn.embed import MlmHead
 from imglish.nn.experts import NONE, Packing, Read
-from imglish.nn.segments import HostCopy, Segments, upload_index
-from imglish.objectives.exchange import exchange_samples, gather_rows
-from imglish.objectives.gather import gather, rank, world_size
+from imglish.nn.segments import Segments
 from imglish.objectives.itc import itc_loss, itc_loss_of_own_features
-from imglish.objectives.itm import draw_negatives, has_negative, negative_weights
 from imglish.objectives.mlm import mlm_loss
 
 
@@ -241,44 +238,17 @@ class Vlmo(VlmoBody):
         return out[:matched], out[matched:]
 
     def _draw(self, embedded: Embedded, draws: Tensor) -> Negatives:
-        """One hard negative text a picture and picture a text, over the batch of all ranks, by ITC similarity.
-
-        The numbers of all ranks travel to the host, ``(W, 2, B)``: each rank learns what the others want of it.
-        """
-        ids, everyone = embedded.image_ids, gather(embedded.image_ids)
-        with torch.no_grad():
-            nothing = torch.zeros(ids.shape[0], everyone.shape[0], device=ids.device)
-            texts = pictures = negative_weights(nothing, ids, everyone)
-            if self.config.itc and self.config.hard_negatives > 0:
-                image, text = (x[:, : self.config.embed_dim].detach() for x in (embedded.image, embedded.text))
-                scale, share = self.logit_scale.exp(), self.config.hard_negatives
-                texts = texts.lerp(negative_weights(scale * image @ gather(text).T, ids, everyone), share)
-                pictures = pictures.lerp(negative_weights(scale * text @ gather(image).T, ids, everyone), share)
-            chosen = torch.stack([draw_negatives(pictures, draws[:, 0]), draw_negatives(texts, draws[:, 1])])
-            exist = torch.cat([has_negative(pictures), has_negative(texts)])
-        return Negatives(HostCopy(gather(chosen[None])), exist)
+        """One hard negative text a picture and picture a text, over the batch of all ranks, by ITC similarity."""
+        if not self.config.itc:
+            nothing = torch.ones((), device=draws.device)
+            return draw_pairs(embedded.image, embedded.text, nothing, embedded.image_ids, draws, share=0.0)
+        image, text = (x[:, : self.config.embed_dim] for x in (embedded.image, embedded.text))
+        share = self.config.hard_negatives
+        return draw_pairs(image, text, self.logit_scale.exp(), embedded.image_ids, draws, share)
 
     def _negative_pairs(self, negatives: Negatives, batch: Batch, towers: _Towers) -> Tensor:
-        """[CLS] ``(2B, D)``: B texts with their negative picture, B pictures with their negative text.
-
-        What lies on other ranks comes as pixels and token ids and is embedded here, so gradients need no way back.
-        """
-        chosen, count, mine = negatives.chosen.numpy(), len(batch), np.arange(len(batch))
-        tokens, rows, segments = towers.tokens, towers.rows, batch.texts.segments
-        pictures, captions = chosen[rank()]
-        if world_size() > 1:
-            first = rank() * count
-            foreign = [np.setdiff1d(wanted, r * count + mine) for r, wanted in enumerate(chosen[:, 0])]
-            tokens = torch.cat([tokens, self.picture_rows(exchange_samples(batch.squares, foreign))])
-            place = {int(n): count + i for i, n in enumerate(foreign[rank()])} | {first + i: i for i in range(count)}
-            pictures = np.array([place[int(n)] for n in pictures])
-            ids, everyone = gather_rows(batch.texts.ids[:, None], segments)
-            wanted = TextBatch(ids[upload_index(everyone.rows_of(captions), ids.device), 0], everyone.select(captions))
-            rows, segments = torch.cat([rows, self.text_rows(wanted)]), segments + wanted.segments
-            captions = count + mine
-        texts = EncodedTexts(rows[:0], segments, rows)
-        both = [*pictures.tolist(), *mine.tolist()], [*mine.tolist(), *captions.tolist()]
-        return self.pooled(self.project_images(tokens), texts, *both)
+        """[CLS] ``(2B, D)``: B texts with their negative picture, B pictures with their negative text."""
+        return pooled_negatives(self, negatives, batch, towers.tokens, towers.rows)
 
 
 def _features(projection: nn.Module, cls: Tensor) -> Tensor:
