@@ -14,7 +14,7 @@ from imglish.nn.segments import Ragged, Segments
 
 
 class TokenStore:
-    """Blocks of image tokens, ``(B, L, D)`` or ragged rows: in memory up to ``limit`` bytes, the rest in a temporary folder.
+    """Blocks of image tokens, ``(B, L, D)`` or ragged rows: in memory up to ``limit`` bytes, the rest in a temp folder.
 
     ``dtype``: how they are kept; bfloat16 halves the memory and rounds what the fusion reads to 8 bits of mantissa.
     A context manager: leaving it deletes the folder.
