@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from imglish.checkpoints import albef, blip, clip, coca, hf_blip, hf_clip, open_clip, vilt
+from imglish.checkpoints import albef, blip, clip, coca, hf_blip, hf_clip, open_clip, vilt, vlmo
 from imglish.checkpoints.files import WeightFileError, read_weights
 from imglish.checkpoints.native import CheckpointError, Loaded
 from imglish.checkpoints.rules import ConversionError, Converted
-from imglish.checkpoints.sizes import albef_config, blip_config, vilt_config
+from imglish.checkpoints.sizes import albef_config, blip_config, vilt_config, vlmo_config
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
 from imglish.models.vilt import ViltConfig
@@ -114,6 +114,13 @@ def _first(names: Mapping[str, Any], pattern: str) -> str:
 
 
 _GROUNDED = r"text_(en|de)coder\.(bert\.)?encoder\.layer\.0\.crossattention\."  # BLIP looks from the first layer on
+_EXPERTS = (
+    r"transformer\.blocks\.0\.mlp_imag\.",
+    r"transformer\.blocks\.0\.mlp_text\.",
+    r"text_embeddings\.",
+    r"token_type_embeddings\.",
+    r"transformer\.norm\.",
+)
 
 FORMATS: dict[str, Format] = {
     "albef": Format(
@@ -142,6 +149,23 @@ FORMATS: dict[str, Format] = {
         lambda s: vilt_config(s.weights),
         lambda theirs, target, _: vilt.convert(theirs, target),
         "itm",
+    ),
+    "vlmo": Format(
+        "VLMo as released, of pre-training",
+        "file",
+        (*_EXPERTS, r"itm_score\."),
+        lambda s: vlmo_config(s.weights),
+        vlmo.convert,
+        "itm",
+    ),
+    "vlmo-towers": Format(
+        "VLMo as released, of retrieval or of the text stage",
+        "file",
+        _EXPERTS,
+        lambda s: vlmo_config(s.weights),
+        vlmo.convert,
+        "itc",
+        never=r"itm_score\.",
     ),
     "clip": Format(
         "CLIP as released (openai)",

@@ -19,8 +19,12 @@ from imglish.models.blip import BlipConfig
 from imglish.models.vilt import ViltConfig
 from imglish.models.vilt_pictures import AspectInput
 from imglish.models.vit import ImageInput, VitConfig
+from imglish.models.vlmo import VlmoConfig
+from imglish.models.vlmo_body import HALF
 
 HEAD = 64
+VLMO_DISTANCES = 196
+"""Longest text that the relative tables of the released VLMo know, whatever they were fine-tuned with."""
 
 
 def count(names: Mapping[str, Tensor], pattern: str) -> int:
@@ -83,6 +87,43 @@ def vilt_config(weights: Mapping[str, Tensor]) -> ViltConfig:
         heads=heads(width, "transformer"),
         mlp_ratio=_shape(weights, "transformer.blocks.0.mlp.fc1.weight")[0] / width,
         types=_shape(weights, "token_type_embeddings.weight")[0],
+    )
+
+
+def vlmo_config(weights: Mapping[str, Tensor]) -> VlmoConfig:
+    """Of VLMo's checkpoint of pre-training, of its text stage or of retrieval."""
+    vocab_size, width = _shape(weights, "text_embeddings.word_embeddings.weight")
+    patch = _shape(weights, "transformer.patch_embed.proj.weight")[-1]
+    depth = count(weights, r"transformer\.blocks\.(\d+)\.")
+    if (table := weights.get("relative_position_bias_table")) is not None:
+        offsets = table.shape[0] - 5 - 2 * VLMO_DISTANCES
+        side, positions, head_count = math.isqrt(max(offsets, 0)), "relative", table.shape[1] // depth
+        if side * side != offsets or side % 2 == 0:
+            raise ConversionError(f"a relative table of {table.shape[0]} rows: the size of the pictures cannot be told")
+        grid = (side + 1) // 2
+    else:  # base-plus, whose 16 heads are 34 wide
+        grid, positions = math.isqrt(_shape(weights, "transformer.pos_embed")[1] - 1), "absolute"
+        head_count = width // 34 if width == 544 else heads(width, "transformer")
+    projection = weights.get("itc_text_proj.fc.weight")
+    return VlmoConfig(
+        image=ImageInput(grid * patch, HALF, HALF),
+        patch=patch,
+        vocab_size=vocab_size,
+        max_length=_shape(weights, "text_embeddings.position_embeddings.weight")[0],
+        text_distances=VLMO_DISTANCES,
+        width=width,
+        depth=depth,
+        heads=head_count,
+        hidden=_shape(weights, "transformer.blocks.0.mlp_imag.fc1.weight")[0],
+        fused_layers=count(weights, r"transformer\.blocks\.(\d+)\.mlp_vl\."),
+        types=_shape(weights, "token_type_embeddings.weight")[0],
+        positions=positions,  # type: ignore[arg-type]
+        layer_scale=0.1 if "transformer.blocks.0.gamma_1" in weights else None,
+        embed_dim=width if projection is None else projection.shape[0],
+        itc=projection is not None,
+        itc_fused="itc_vl_text_proj.fc.weight" in weights,
+        itm="itm_score.fc.weight" in weights,
+        mlm="mlm_score.bias" in weights,
     )
 
 
