@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -184,7 +185,7 @@ class Index:
         if wish.image is not None:
             with self._lock:
                 parts.append(self.model.encode_images([wish.image])[0])
-        vector = parts[0] if len(parts) == 1 else torch.nn.functional.normalize(sum(parts), dim=0)
+        vector = parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).sum(0), dim=0)
         if wish.not_text is not None:
             vector = vector - AGAINST * self._text(wish.not_text).features[0].float().cpu()
         return vector

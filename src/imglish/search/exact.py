@@ -20,7 +20,7 @@ _CHOSEN = 0.25  # of the rows: with fewer, a filter's rows are gathered
 
 @dataclass
 class Matrix:
-    """vectors: float16 ``(N, E)``; keys: of the rows; rows: their numbers in the store, uint64 ``(N,)``, ascending."""
+    """vectors: float16 ``(N, E)``; keys: of the rows; rows: their numbers in the store, uint64 ``(N,)``."""
 
     vectors: Tensor
     keys: np.ndarray
@@ -28,6 +28,11 @@ class Matrix:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Ascending places of those of the numbers ``rows`` that are there."""
+        found: np.ndarray = np.flatnonzero(np.isin(self.rows, rows))
+        return found
 
     def search(self, queries: np.ndarray, k: int, chosen: np.ndarray | None = None) -> list[list[Hit]]:
         """The ``k`` rows with the largest dot product for each of ``queries`` ``(Q, E)``, best first, ties by key.
