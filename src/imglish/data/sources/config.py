@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from imglish.data.errors import DataError
 
 Kind = Literal["table", "list", "coco", "karpathy", "folder", "tars", "parquet", "arrow", "lines", "mixture", "scenes"]
-Needs = Literal["pairs", "images", "texts", "names"]
+Needs = Literal["pairs", "images", "pictures", "texts", "names"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NEEDS: tuple[Needs, ...] = get_args(Needs)
 
@@ -56,8 +56,8 @@ class SourceConfig(SourceOptions):
 
     images: folder that the names of pictures are relative to (None: the usual places beside the file); pictures outside
     of it are refused. split: keep records whose ``split_field`` is one of these: ``train``, ``train+restval``,
-    ``not val+test``. needs: what every record must have; with ``images`` captions are left out, with ``texts``
-    pictures; with ``names`` pictures are named and not looked for (models that read regions). weight: in a mixture.
+    ``not val+test``. needs: what every record must have; with ``images`` captions are left out, with ``pictures``
+    they may be missing, with ``texts`` there are no pictures; with ``names`` pictures are named and not looked for (models that read regions). weight: in a mixture.
     """
 
     path: str = field(kw_only=True)

@@ -58,7 +58,7 @@ class Fields:
         captions: tuple[str, ...] = ()
         if config.needs != "images":
             captions, problems = self.captions(fields, row.where)
-            if not captions:
+            if not captions and config.needs != "pictures":
                 return None, problems or [self._none(row)]
         swapped = self._swapped(fields, len(captions), row.where, problems)
         label = reach(fields, config.group_field)

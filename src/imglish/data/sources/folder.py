@@ -84,9 +84,14 @@ def _rows(found: _Listing, config: SourceConfig) -> Iterator[Row | Problem]:
     for name in found.links:
         where = join(found.root, name)
         yield Problem(where, "link", f"{where}: a link or no regular file: not followed")
-    if config.needs == "images":
+    if config.needs in ("images", "pictures"):
         for name in found.pictures:
-            yield Row(join(found.root, name), {"file_name": name, "group": name.rpartition("/")[0]})
+            fields = {"file_name": name, "group": name.rpartition("/")[0]}
+            if config.needs == "pictures" and _sidecar(name) in found.texts:
+                row = _with_text(name, found)
+                yield replace(row, fields={**row.fields, **fields}) if isinstance(row, Row) else row
+            else:
+                yield Row(join(found.root, name), fields)
     elif any(_sidecar(name) in found.texts for name in found.pictures):
         for name in found.pictures:
             yield _with_text(name, found)
