@@ -23,7 +23,7 @@ from imglish.data.batch import Batch, TextBatch
 from imglish.generation.beam import CURRENT, PUBLISHED_COCA
 from imglish.generation.config import GenerationConfig, Written
 from imglish.generation.engine import generate
-from imglish.models import coca
+from imglish.models import coca_decoder
 from imglish.models.capabilities import EncodedImages, ImageMemory
 from imglish.models.captioning import CaptionForm, CaptionState
 from imglish.models.coca import CONFIGS, Coca
@@ -47,7 +47,7 @@ def build(case: Case) -> Coca:
 
 
 def texts_of(ids: Tensor) -> TextBatch:
-    return TextBatch.of([[token for token in row if token != coca.PAD] for row in ids.tolist()])
+    return TextBatch.of([[token for token in row if token != coca_decoder.PAD] for row in ids.tolist()])
 
 
 def spread(rows: Tensor, segments: Segments, length: int) -> Tensor:
@@ -78,13 +78,13 @@ def hidden_states(model: Coca, batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
         layers.append(real(*args))
         return layers[-1]
 
-    real = coca.released_block
-    monkeypatch.setattr(coca, "released_block", keep)
+    real = coca_decoder.released_block
+    monkeypatch.setattr(coca_decoder, "released_block", keep)
     with torch.no_grad(), recorded({str(i): block for i, block in enumerate(model.vision.blocks)}) as rows:
         model.pool_images(batch.images)
         model.text(batch.texts)
     monkeypatch.undo()
-    filled = coca.released_layout(batch.texts.segments, length)[0]
+    filled = coca_decoder.released_layout(batch.texts.segments, length)[0]
     text = [torch.cat([spread(x[: filled.total], filled, length), x[filled.total :, None]], 1) for x in layers]
     return {
         "visual.hidden": torch.stack(list(rows.values())).unflatten(1, (count, -1)),
@@ -94,7 +94,7 @@ def hidden_states(model: Coca, batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
 
 def released_mask(segments: Segments, length: int) -> Tensor:
     """The additive mask that the rows of the packed computation amount to, for the positions that exist."""
-    filled, _, keys, seen = coca.released_layout(segments, length)
+    filled, _, keys, seen = coca_decoder.released_layout(segments, length)
     mask = torch.full((segments.count, length + 1, length + 1), torch.nan)
     for text in range(segments.count):
         there = filled.lengths[text]
@@ -250,7 +250,7 @@ class Reencoding(nn.Module):
         model, ids = self.model, torch.tensor(state.ids[number])
         length = Segments.equal(1, len(ids))
         sees = torch.ones(len(ids), len(ids)).tril().bool()
-        sees[:, 1:] &= ids[:-1] != coca.PAD
+        sees[:, 1:] &= ids[:-1] != coca_decoder.PAD
         rows = model.text.embed(ids, torch.arange(len(ids)))
         for block in model.text.blocks:
             q, k, v = block.attn.qkv(block.norm1(rows)).unflatten(1, (3, block.attn.heads, -1)).permute(1, 2, 0, 3)

@@ -44,9 +44,9 @@ def config_from_json(model: Mapping[str, Any], released: bool = True) -> CocaCon
     upper.expect("vocab_size", vocab_size, 49408)
     text.expect("embed_cls", True, False)
     vision.expect("attentional_pool", True, False)
-    eps = norm_eps(text)
-    if norm_eps(upper) != eps:
-        raise upper.refuse("norm_kwargs", upper)
+    eps, upper_eps = norm_eps(text), norm_eps(upper)
+    if upper_eps != eps:
+        raise upper.refuse("norm_kwargs", {"eps": upper_eps})
     embed_dim = top.take("embed_dim")
     if embed_dim != width:
         raise top.refuse("embed_dim", embed_dim)
