@@ -69,9 +69,13 @@ class Manifest:
 def describe(model: Model, name: str, thumbnail: int = 512, tokens: str = "") -> Manifest:
     """The manifest of an index that ``model``, loaded from ``name``, makes."""
     image = json.loads(json.dumps(asdict(model.config.image)))
-    with torch.no_grad():
-        dimension = len(model.encode_texts(["a"])[0])
-    return Manifest(name, str(model.config.family), weights_digest(model.network), image, dimension, thumbnail, tokens)
+    digest = weights_digest(model.network)
+    return Manifest(name, str(model.config.family), digest, image, dimension_of(model), thumbnail, tokens)
+
+
+def dimension_of(model: Model) -> int:
+    """How many numbers its features have. Raises ``MissingCapabilityError`` for a model without towers."""
+    return int(model.encode_texts(["a"]).shape[1])
 
 
 def weights_digest(network: nn.Module) -> str:
