@@ -185,3 +185,30 @@ def binding_correct(scores: Tensor) -> dict[str, Tensor]:
 def binding_scores(scores: Tensor) -> dict[str, float]:
     """Percent of right quadruples: ``text``, ``image`` and ``group`` of :func:`binding_correct`."""
     return {name: 100.0 * float(right.double().mean()) for name, right in binding_correct(scores).items()}
+
+
+def pairwise_correct(true: Tensor, false: Tensor, ties: Ties = "pessimistic") -> Tensor:
+    """Which pairs of captions are right, bool ``(Q,)``: the true one scores above the false one of the same picture.
+
+    SugarCrepe and ARO. ``true``, ``false``: ``(Q,)``. A tie is wrong, as in SugarCrepe's own code and where ARO
+    lists the false caption first; ``ties="optimistic"`` counts it right, as CLIP_benchmark does.
+    """
+    if ties not in ("pessimistic", "optimistic"):
+        raise ValueError(f"ties={ties!r}: pairs know pessimistic and optimistic")
+    if true.shape != false.shape or true.ndim != 1:
+        raise ScoreError(f"{tuple(true.shape)} scores of true captions, {tuple(false.shape)} of false ones")
+    if (nan := true.isnan() | false.isnan()).any():
+        raise ScoreError(f"pair {int(nan.nonzero()[0])} has a score that is not a number")
+    return true >= false if ties == "optimistic" else true > false
+
+
+def percent_by_group(right: Tensor, groups: Sequence[str], least: int = 1) -> dict[str, float]:
+    """Percent of ``right`` ``(Q,)`` in each group of at least ``least`` members, by name; ARO's macro accuracy is their
+    mean (over relations; over attributes with ``least=25``)."""
+    if len(right) != len(groups):
+        raise ScoreError(f"{len(right)} results, {len(groups)} names of groups")
+    members: dict[str, list[bool]] = {}
+    for hit, name in zip(right.tolist(), groups, strict=True):
+        members.setdefault(name, []).append(hit)
+    kept = {name: hits for name, hits in sorted(members.items()) if len(hits) >= least}
+    return {name: 100.0 * sum(hits) / len(hits) for name, hits in kept.items()}
