@@ -52,6 +52,7 @@ class PatchEmbed(nn.Module):
 def normalise(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 ``(B, 3, H, W)`` to ``(pixel - mean) / std`` (mean, std in 0..255); floats change dtype only."""
     if images.dtype == torch.uint8:
+        mean, std = mean.to(images.device), std.to(images.device)  # they are real also in a model made on "meta"
         return ((images.to(mean.dtype) - mean) / std).to(dtype)
     return images.to(dtype)
 
