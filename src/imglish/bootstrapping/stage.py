@@ -85,8 +85,18 @@ class Stage:
     _opened: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
-    def begin(out: Path, kind: str, settings: dict[str, Any], source: SourceConfig, per_shard: int) -> Stage:
-        """A new stage in ``out``, or the one that is there, which has to be of the same source and settings."""
+    def begin(
+        out: Path,
+        kind: str,
+        settings: dict[str, Any],
+        source: SourceConfig,
+        per_shard: int,
+        shards: Sequence[Shard] | None = None,
+    ) -> Stage:
+        """A new stage in ``out``, or the one that is there, which has to be of the same source and settings.
+
+        shards: those of an earlier stage of the same source, in place of a new division.
+        """
         pyarrow()
         source = _absolute(source)
         if (out / STAGE).exists():
@@ -99,7 +109,7 @@ class Stage:
             return found
         if out.exists() and (not out.is_dir() or any(name.suffix == ".parquet" for name in out.iterdir())):
             raise DataError(f"{out} is there and was not written by this command; choose another folder")
-        stage = Stage(out, kind, settings, source, divide(source, per_shard))
+        stage = Stage(out, kind, settings, source, tuple(shards) if shards else divide(source, per_shard))
         data = {"version": VERSION, "kind": kind, "settings": settings, "source": _plain(source)}
         data["shards"] = [asdict(shard) for shard in stage.shards]
         (out / WORK).mkdir(parents=True, exist_ok=True)

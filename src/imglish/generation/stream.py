@@ -53,7 +53,7 @@ def captions_of(
     assert isinstance(model, Captions)
     encode = image_encoder(model, "captioning")
     device = next(model.parameters()).device
-    for some, pictures in _read_ahead(items, load, block, threads):
+    for some, pictures in read_ahead(items, load, block, threads):
         readable = [picture for picture in pictures if not isinstance(picture, ImageError)]
         written: Iterator[list[Caption]] = iter(())
         if readable:
@@ -68,7 +68,7 @@ def captions_of(
                 yield Captioned(item, tuple(next(written)))
 
 
-def _read_ahead(
+def read_ahead(
     items: Sequence[Item], load: Callable[[Item], Picture], block: int, threads: int
 ) -> Iterator[tuple[Sequence[Item], list[Picture | ImageError]]]:
     """Blocks of items with their pictures, or why there is none."""
