@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": ("imglish.cli.convert", "read a released checkpoint and write it as a folder of this library"),
     "models": ("imglish.cli.models", "what can be trained, and which public checkpoints can be loaded"),
     "index": ("imglish.cli.index", "make an index of pictures for searching, and bring it up to date"),
+    "search": ("imglish.cli.search", "find pictures in an index by words, by a picture, or by both"),
     "data": ("imglish.cli.data", "look at data, write them in another layout, draw scenes"),
     "quickstart": ("imglish.cli.quickstart", "train and evaluate a small model on data drawn here, and write a report"),
 }
