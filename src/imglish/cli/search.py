@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from imglish.search.engine import Index
     from imglish.search.results import Results
 
 DESCRIPTION = """\
