@@ -147,7 +147,7 @@ def test_links_in_folders_are_counted(tmp_path: Path) -> None:
 
 def test_files_of_a_table_outside_of_its_folder(tmp_path: Path) -> None:
     folder = layouts.arrow(tmp_path / "a")
-    for name in ("../x.arrow", "/etc/passwd"):
+    for name in ("../x.arrow", "/etc/passwd", "half \ud800.arrow", "zero\0.arrow"):
         (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
         with pytest.raises(DataError, match="leads out of the folder"):
             open_source(folder)
@@ -182,6 +182,10 @@ def test_cells_without_a_picture(tmp_path: Path) -> None:
         ("sources: [{path: none.jsonl}]", "does not exist"),
         ("sources: [!!python/object/apply:os.system [ls]]", "not YAML"),
         ("sources: [", "not YAML"),
+        ("sources: " + "[" * 3000, "nested 3000 times"),
+        ('sources: [{path: "half \\ud800.jsonl"}]', "does not exist"),
+        ('sources: [{path: "zero \\0.jsonl"}]', "does not exist"),
+        ("sources: \x01", "not YAML"),
     ],
 )
 def test_mixtures_that_cannot_be(tmp_path: Path, text: str, why: str) -> None:
@@ -200,3 +204,13 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ImageError, match="a JPEG of more than 200 scans") as raised:
         decode(data[:-2] + data[last:-2] * 300 + b"\xff\xd9")
     assert raised.value.reason == "too large"
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    folder = layouts.folder_with_texts(tmp_path)
+    for ending in (b".jpg", b".txt"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/\xff" + ending)).write_bytes(b"x")
+    for needs in ("pairs", "images"):
+        found = open_source(folder, needs=needs, max_errors=0.5, errors_file=tmp_path / "errors.csv")
+        assert len(found) == 3
+        assert found.errors.counts == {"no picture": 1}

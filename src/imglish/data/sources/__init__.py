@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from imglish.data.errors import FILE as ERRORS
 from imglish.data.errors import DataError, Errors
 from imglish.data.sources.arrow import open_arrow, open_parquet
 from imglish.data.sources.base import Source
@@ -121,7 +122,7 @@ def _table_in_folder(config: SourceConfig) -> SourceConfig:
     names = names_in(config.path)
     if set(METADATA) & set(names):
         return config
-    tables = [name for name in names if suffix(name) in (*LINES, *CELLS, ".json")]
+    tables = [name for name in names if suffix(name) in (*LINES, *CELLS, ".json") and name != ERRORS]
     chosen = [name for name in tables if name.split(".", 1)[0] == "captions"] or tables
     if len(chosen) > 1:
         raise DataError(f"{config.path}: which of these is meant: {', '.join(chosen)}? Name the file")

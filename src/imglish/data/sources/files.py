@@ -66,7 +66,7 @@ def status(path: str) -> Stat | None:
         return Stat(int(found["size"]), stamp)
     try:
         here = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return None
     return Stat(here.st_size, str(here.st_mtime_ns)) if stat.S_ISREG(here.st_mode) else None
 
@@ -141,7 +141,10 @@ def open_raw(path: str) -> BinaryIO:
     """A regular file or an object in storage as it is. Raises ``OSError``; never waits for a pipe."""
     if is_remote(path):
         return cast(BinaryIO, remote(path).open(path, "rb"))
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError as error:
+        raise DataError(f"{path!r} cannot be the name of a file") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise DataError(f"{path} is not a file")
@@ -149,7 +152,11 @@ def open_raw(path: str) -> BinaryIO:
 
 
 def escapes(name: str) -> bool:
-    """Whether a name that must stay below a folder does not: absolute, a drive, ``..``, or with a zero byte."""
+    """Whether a name that must stay below a folder does not (absolute, a drive, ``..``), or cannot be a file's name."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return True
     parts = name.replace("\\", "/").split("/")
     return name.startswith(("/", "\\")) or ".." in parts or "\0" in name or (len(name) > 1 and name[1] == ":")
 

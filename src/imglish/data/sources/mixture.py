@@ -17,6 +17,8 @@ from imglish.data.sources.columns import runs
 from imglish.data.sources.config import SourceConfig, from_mapping
 from imglish.data.sources.files import is_remote, join, opened, parent
 
+MAX_TEXT = 2**20  # bytes of a mixture's file
+MAX_DEPTH = 20
 Opener = Callable[[SourceConfig, Errors], Source]
 
 
@@ -85,13 +87,30 @@ def open_mixture(config: SourceConfig, errors: Errors, opener: Opener) -> Mixtur
 def _entries(path: str) -> list[dict[str, Any]]:
     try:
         with opened(path) as file:
-            data = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            text = file.read(MAX_TEXT).decode("utf-8-sig")
+        if _depth(text) > MAX_DEPTH:  # the parser takes time with the square of it
+            raise DataError(f"{path}: not YAML of a mixture: nested {_depth(text)} times")
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: not YAML: {error}") from error
     entries = data.get("sources") if isinstance(data, dict) and set(data) == {"sources"} else None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{path}: a mixture is a YAML file with one key, sources: a list of (path, weight, ...)")
     return entries
+
+
+def _depth(text: str) -> int:
+    """How deep the brackets are nested, at most."""
+    depth = deepest = 0
+    for character in text:
+        if character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth -= 1
+    return deepest
 
 
 def _beside(file: str, path: str) -> str:
