@@ -56,8 +56,9 @@ class SourceConfig(SourceOptions):
 
     images: folder that the names of pictures are relative to (None: the usual places beside the file); pictures outside
     of it are refused. split: keep records whose ``split_field`` is one of these: ``train``, ``train+restval``,
-    ``not val+test``. needs: what every record must have; with ``images`` captions are left out, with ``pictures``
-    they may be missing, with ``texts`` there are no pictures; with ``names`` pictures are named and not looked for (models that read regions). weight: in a mixture.
+    ``not val+test``. needs: what every record must have; with ``images`` captions are left out, with ``pictures`` they
+    may be missing, with ``texts`` there are no pictures, with ``names`` pictures are named and not looked for (models
+    that read regions). weight: in a mixture.
     """
 
     path: str = field(kw_only=True)
