@@ -1,4 +1,4 @@
-"""`imglish eval retrieval` and `imglish eval captioning`: measure a checkpoint on image-caption pairs."""
+"""`imglish eval`: measure a checkpoint on image-caption pairs; the tasks are in :mod:`imglish.cli.evaluate_tasks`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imglish.cli import evaluate_tasks
 from imglish.cli.source_options import add_source_options, source_config
 from imglish.cli.writing import add_options, generation_config
 
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     captioning.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     captioning.add_argument("--out", default="eval-out", help="folder of the results (default: eval-out)")
     add_options(captioning, many=False)
+    evaluate_tasks.add_jobs(jobs)
     add = retrieval.add_argument
     add("--rerank", type=int, default=32, metavar="K", help="candidates that the fusion scores, 0: none (default: 32)")
     add("--all-pairs", action="store_true", help="the fusion scores every pair (small sets)")
@@ -105,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     from imglish.training.settings import SettingsError
 
     try:
-        return _retrieval(arguments) if arguments.job == "retrieval" else _captioning(arguments)
+        return _JOBS[arguments.job](arguments)
     except (CheckpointError, MissingCapabilityError, SettingsError, FileNotFoundError, ValueError) as error:
         print(f"imglish eval: {error}", file=sys.stderr)
         return 1 if isinstance(error, ImageError) else 2
@@ -212,3 +214,11 @@ def _records(arguments: argparse.Namespace) -> tuple[Sequence[Record], Errors]:
     needs: Needs = "names" if getattr(arguments, "regions", None) else "pairs"
     records = open_source(source_config(arguments, arguments.data, needs), errors_file=file)
     return records[: arguments.limit], Errors(arguments.max_errors, file)
+
+
+_JOBS = {
+    "retrieval": _retrieval,
+    "captioning": _captioning,
+    "compositional": evaluate_tasks.compositional,
+    "zeroshot": evaluate_tasks.zeroshot,
+}

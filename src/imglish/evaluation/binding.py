@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from imglish.data.pictures import Picture as PictureForm
-from imglish.evaluation.encoding import DEFAULT_MACHINE, Encodes, Machine, encode_captions, encode_pictures
+from imglish.evaluation.encoding import DEFAULT_MACHINE, Encodes, Machine
 from imglish.evaluation.metrics import binding_scores
-from imglish.evaluation.rerank import PairList, ScoreRule, match_pairs, pair_scores
-from imglish.models.capabilities import Matches, has_towers
+from imglish.evaluation.pairs import score_pairs
+from imglish.evaluation.rerank import ScoreRule
 
 Picture = TypeVar("Picture")
 
@@ -60,28 +60,12 @@ def evaluate_binding(
     count = len(quadruples)
     pictures = [picture for quadruple in quadruples for picture in quadruple.pictures]
     captions = [caption for quadruple in quadruples for caption in quadruple.captions]
-    fuses = isinstance(model, Matches)
-    training = model.training
-    model.eval()
-    try:
-        with machine.store() as store:
-            features = encode_pictures(model, pictures, load, machine, store if fuses else None)
-            texts = encode_captions(model, captions, tokenizer, machine, keep_rows=fuses)
-            image = torch.arange(2 * count).view(count, 2, 1).expand(-1, -1, 2)  # picture of (q, picture, caption)
-            caption = torch.arange(2 * count).view(count, 1, 2).expand(-1, 2, -1)
-            towers = torch.einsum("qie,qce->qic", features.view(count, 2, -1), texts.features.view(count, 2, -1)).cpu()
-            fusion = None
-            if fuses:
-                pairs = PairList.named(image.flatten(), caption.flatten(), 2 * count)
-                logits = match_pairs(model, store, texts, pairs, 2 * count, machine)
-                place = pairs.find(image, caption).flatten()
-                fusion = pair_scores(logits[place], towers.flatten(), rule).view(count, 2, 2)
-    finally:
-        model.train(training)
-    aligned = has_towers(model)
+    image = torch.arange(2 * count).view(count, 2, 1).expand(-1, -1, 2)  # picture of (q, picture, caption)
+    caption = torch.arange(2 * count).view(count, 1, 2).expand(-1, 2, -1)
+    scored = score_pairs(model, tokenizer, pictures, captions, image, caption, load, machine, rule)
     return BindingResult(
-        towers=binding_scores(towers) if aligned else None,
-        fusion=binding_scores(fusion) if fusion is not None else None,
-        tower_scores=towers if aligned else None,
-        fusion_scores=fusion,
+        towers=binding_scores(scored.towers) if scored.towers is not None else None,
+        fusion=binding_scores(scored.fusion) if scored.fusion is not None else None,
+        tower_scores=scored.towers,
+        fusion_scores=scored.fusion,
     )

@@ -240,7 +240,7 @@ def evaluate_retrieval(
     if not records:
         raise ValueError("there are no records to evaluate on")
     errors = Errors() if errors is None else errors
-    load = Tolerant(_loader(model, transform))
+    load = Tolerant(record_loader(model, transform))
     lost: dict[int, Problem] = {}
     while True:
         try:
@@ -298,8 +298,8 @@ def _evaluate(
     )
 
 
-def _loader(
-    model: nn.Module, transform: ImageTransform | AspectTransform | Callable[[Record], Picture] | None
+def record_loader(
+    model: nn.Module, transform: ImageTransform | AspectTransform | Callable[[Record], Picture] | None = None
 ) -> Callable[[Record], Picture]:
     if transform is None:
         config: Any = model.config

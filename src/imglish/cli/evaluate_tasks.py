@@ -1,0 +1,159 @@
+"""`imglish eval compositional` and `imglish eval zeroshot`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imglish.cli.source_options import add_source_options, source_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imglish.checkpoints.native import Loaded
+    from imglish.evaluation.encoding import Encodes, Machine
+    from imglish.report import Report
+
+COMPOSITIONAL = """\
+Captions that differ in who has what: SugarCrepe, ARO (one picture, a true and a false caption), Winoground, COLA (two
+pictures, two captions). The layout is recognised by its fields.
+
+  imglish eval compositional --model runs/flickr8k-albef/model --data sugarcrepe --images coco/val2017
+
+Prints the table; writes compositional.json and report.html (the most confident mistakes, the best) to --out.
+"""
+
+ZEROSHOT = """\
+Classify pictures by texts: a folder of folders (their names are the classes), or a file whose caption is the class.
+
+  imglish eval zeroshot --model runs/flickr8k-clip/model --data photos --templates en
+  imglish eval zeroshot --model ... --data list.jsonl --captions label --templates zh --names classes-zh.json
+
+Prints the tables; writes zeroshot.json and report.html to --out.
+"""
+
+
+def add_jobs(jobs: Any) -> None:
+    """The parsers of both commands."""
+    form = argparse.RawDescriptionHelpFormatter
+    suite = jobs.add_parser(
+        "compositional", help="SugarCrepe, ARO, Winoground, COLA", description=COMPOSITIONAL, formatter_class=form
+    )
+    suite.add_argument("--model", required=True, help="folder of an exported model")
+    suite.add_argument("--data", required=True, help="file of items, or a folder of such files")
+    suite.add_argument("--images", help="folder of the pictures (default: where the file lies)")
+    suite.add_argument("--least", type=int, default=1, help="items that a group needs to count in the mean (ARO: 25)")
+    suite.add_argument(
+        "--max-errors", type=float, default=0.01, metavar="SHARE", help="of the items that may be bad (default: 0.01)"
+    )
+    _add_machine(suite)
+    classes = jobs.add_parser(
+        "zeroshot", help="classes as texts, written into templates", description=ZEROSHOT, formatter_class=form
+    )
+    classes.add_argument("--model", required=True, help="folder of an exported model")
+    classes.add_argument("--data", required=True, help="folder of folders, or a file of any layout (docs/data.md)")
+    add_source_options(classes)
+    classes.add_argument("--limit", type=int, help="only the first so many pictures")
+    classes.add_argument("--templates", default="en", help="en, zh, plain, or a file with one a line (default: en)")
+    classes.add_argument("--names", metavar="FILE", help="JSON: class of the data -> what it is called in a sentence")
+    classes.add_argument("--rerank", type=int, default=10, metavar="K", help="classes that the fusion scores")
+    _add_machine(classes)
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--score-rule", choices=("itm", "itm_probability", "itm+itc"), help="default: as the checkpoint says")
+    add("--batch", type=int, default=64, help="pictures that pass the tower at a time (default: 64)")
+    add("--pairs", type=int, default=512, help="pairs that pass the fusion at a time (default: 512)")
+    add("--precision", choices=("float32", "bfloat16"), default="float32")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add("--out", default="eval-out", help="folder of the results (default: eval-out)")
+
+
+def compositional(arguments: argparse.Namespace) -> int:
+    from imglish.data.errors import FILE, Errors
+    from imglish.evaluation.compositional import evaluate_compositional, read_items
+    from imglish.evaluation.retrieval import record_loader
+    from imglish.evaluation.task_reports import compositional_report
+    from imglish.objectives.gather import rank
+    from imglish.training.ranks import process_group
+
+    loaded, device, machine, rule = _opened(arguments)
+    with process_group(device):
+        file = Path(arguments.out) / FILE if rank() == 0 else None
+        errors = Errors(arguments.max_errors, file, what="items")
+        images = Path(arguments.images) if arguments.images else None
+        items = read_items(Path(arguments.data), images, errors)
+        model = loaded.model.to(device)
+        load = record_loader(model)
+        result = evaluate_compositional(model, _cleaning(loaded), items, load, machine, rule, arguments.least)
+        first = rank() == 0
+    if first:
+        facts = {"model": arguments.model, "data": arguments.data, "items left out": len(errors)}
+        _deliver(arguments, result, lambda: compositional_report(result, items, "Compositional suites", facts))
+    return 0
+
+
+def zeroshot(arguments: argparse.Namespace) -> int:
+    from imglish.data.errors import FILE
+    from imglish.data.sources import open_source
+    from imglish.evaluation.classify import ZeroShotConfig, evaluate_zeroshot
+    from imglish.evaluation.retrieval import record_loader
+    from imglish.evaluation.task_reports import zeroshot_report
+    from imglish.evaluation.templates import templates_of
+    from imglish.objectives.gather import rank
+    from imglish.training.ranks import process_group
+
+    templates = templates_of(arguments.templates)
+    names = json.loads(Path(arguments.names).read_text(encoding="utf-8")) if arguments.names else None
+    loaded, device, machine, rule = _opened(arguments)
+    config = ZeroShotConfig(templates, arguments.rerank, names, rule, machine)
+    with process_group(device):
+        file = Path(arguments.out) / FILE if rank() == 0 else None
+        source = open_source(source_config(arguments, arguments.data), errors_file=file)
+        records = source[: arguments.limit]
+        model = loaded.model.to(device)
+        result = evaluate_zeroshot(model, _cleaning(loaded), records, record_loader(model), config)
+        first = rank() == 0
+    if first:
+        facts = {"model": arguments.model, "data": arguments.data, "templates": " | ".join(templates)}
+        _deliver(arguments, result, lambda: zeroshot_report(result, records, "Zero-shot classification", facts))
+    return 0
+
+
+def _opened(arguments: argparse.Namespace) -> tuple[Loaded, Any, Machine, Any]:
+    """The checkpoint, the device, how evaluation computes, and the rule that pairs are scored by."""
+    from imglish.checkpoints.native import load
+    from imglish.evaluation.encoding import Machine
+    from imglish.training.ranks import pick_device
+
+    machine = Machine(image_block=arguments.batch, pair_block=arguments.pairs, precision=arguments.precision)
+    loaded = load(arguments.model)
+    stored = loaded.score_rule if loaded.score_rule != "itc" else "itm"  # without a fusion the rule is not used
+    return loaded, pick_device(arguments.device), machine, arguments.score_rule or stored
+
+
+def _cleaning(loaded: Loaded) -> Encodes:
+    """The tokenizer, behind the clean-up of captions that the model was trained with."""
+    from imglish.data.text import clean_caption
+
+    trained = loaded.meta.get("recipe", {}).get("data", {})
+    style, most = trained.get("clean", "none"), trained.get("max_words", 30)
+    tokenizer = loaded.tokenizer
+
+    class Cleaning:
+        def encode(self, texts: list[str]) -> list[list[int]]:
+            return tokenizer.encode(texts if style == "none" else [clean_caption(text, most, style) for text in texts])
+
+    return Cleaning()
+
+
+def _deliver(arguments: argparse.Namespace, result: Any, report: Callable[[], Report]) -> None:
+    """Print the table, write JSON and the page."""
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    print(result.text())
+    (out / f"{arguments.job}.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    print(f"report: {report().save(out / 'report.html')}")

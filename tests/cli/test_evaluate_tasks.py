@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imglish.checkpoints import native
+from imglish.cli import main
+from imglish.data.tokenizers import Tokenizer
+from imglish.models import registry
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model, two classes of pictures, and items of which one lacks its picture."""
+    folder = tmp_path_factory.mktemp("tasks")
+    tokenizer = Tokenizer.train_wordpiece(["a photo of a red hat", "一张红帽子的照片"], 90, max_length=16)
+    torch.manual_seed(0)
+    model = registry.build(dataclasses.replace(registry.named("albef-tiny"), vocab_size=tokenizer.vocab_size))
+    native.export(folder / "model", model, tokenizer)
+    rng = np.random.default_rng(0)
+    for name in ("hat", "shoe<b>"):
+        (folder / "classes" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "classes" / name / f"{i}.png")
+    items = [
+        {"image": f"hat/{i}.png", "caption": "a red hat", "negative_caption": "a <b>blue hat"} for i in (0, 1, 2, 9)
+    ]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
+    return folder
+
+
+def test_compositional(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        *("eval", "compositional", "--model", str(folder / "model"), "--data", str(folder / "items.jsonl")),
+        *("--images", str(folder / "classes"), "--device", "cpu", "--out", str(tmp_path)),
+    ]
+    assert main(arguments) == 2
+    assert "hat/9.png" in capsys.readouterr().err
+    assert main([*arguments, "--max-errors", "0.5"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    held = json.loads((tmp_path / "compositional.json").read_text(encoding="utf-8"))
+    assert held["groups"]["items"]["count"] == 3
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") >= 3
+    assert "&lt;b&gt;blue" in page
+    assert "<b>blue" not in page
+
+
+def test_zeroshot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"hat": "帽子"}), encoding="utf-8")
+    arguments = [
+        *("eval", "zeroshot", "--model", str(folder / "model"), "--data", str(folder / "classes")),
+        *("--device", "cpu", "--out", str(tmp_path), "--templates", "zh", "--names", str(names)),
+    ]
+    assert main(arguments) == 0
+    assert "mean recall" in capsys.readouterr().out
+    held = json.loads((tmp_path / "zeroshot.json").read_text(encoding="utf-8"))
+    assert [one["pictures"] for one in held["fusion"]["classes"]] == [3, 3]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "一张{}的照片" in page
+    assert "shoe<b>" not in page
+    assert main([*arguments[:-4], "--templates", "fr"]) == 2
+    assert "neither a file nor one of" in capsys.readouterr().err
