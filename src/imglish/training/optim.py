@@ -46,20 +46,23 @@ def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str
     }
     rates = layer_rates(model, recipe.layer_decay) if recipe.layer_decay is not None else {}
     temperature = (recipe.temperature_lr or recipe.lr) / recipe.lr
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}  # of (place in this docstring's order, scale)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.dim() == 0:
-            groups.setdefault((0.0, temperature), []).append(parameter)
+            groups.setdefault((2, temperature), []).append(parameter)
             continue
         table = id(parameter) in tables or "position" in name.rpartition(".")[2]
         keep = (
             parameter.dim() < 2 or parameter.numel() == max(parameter.shape) or (table and not recipe.decay_embeddings)
         )
-        kind = (0.0 if keep else recipe.weight_decay, rates.get(name, 1.0))
-        groups.setdefault(kind, []).append(parameter)
-    return [{"params": those, "weight_decay": decay, "scale": scale} for (decay, scale), those in groups.items()]
+        groups.setdefault((int(keep), rates.get(name, 1.0)), []).append(parameter)
+    decays = (recipe.weight_decay, 0.0, 0.0)
+    return [
+        {"params": those, "weight_decay": decays[place], "scale": scale}
+        for (place, scale), those in sorted(groups.items(), key=lambda group: group[0])
+    ]
 
 
 def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
