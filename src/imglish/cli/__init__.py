@@ -8,13 +8,15 @@ from importlib import import_module
 
 COMMANDS = {
     "train": ("imglish.cli.train", "train a model by a recipe; the same command resumes a run that was stopped"),
-    "eval": ("imglish.cli.evaluate", "measure a checkpoint: image-text retrieval, captioning"),
+    "eval": ("imglish.cli.evaluate", "measure a checkpoint: retrieval, captioning and other tasks"),
     "caption": ("imglish.cli.caption", "write captions for pictures: files, folders, data of any layout"),
     "score": ("imglish.cli.score", "how well captions fit their pictures, for all pairs of a source"),
+    "filter": ("imglish.cli.filter", "choose pairs by their scores, and say why"),
     "convert": ("imglish.cli.convert", "read a released checkpoint and write it as a folder of this library"),
     "models": ("imglish.cli.models", "what can be trained, and which public checkpoints can be loaded"),
     "index": ("imglish.cli.index", "make an index of pictures for searching, and bring it up to date"),
     "search": ("imglish.cli.search", "find pictures in an index by words, by a picture, or by both"),
+    "serve": ("imglish.cli.serve", "search an index in a browser and over HTTP"),
     "data": ("imglish.cli.data", "look at data, write them in another layout, draw scenes"),
     "quickstart": ("imglish.cli.quickstart", "train and evaluate a small model on data drawn here, and write a report"),
 }
