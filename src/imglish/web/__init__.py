@@ -1,0 +1,1 @@
+"""The search in a browser: a FastAPI application and one page. Needs the extra ``serve``; see ``imglish serve``."""

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imglish.search import Index
+from tests.web import support
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+from imglish.web import answers
+from imglish.web.answers import Query
+from imglish.web.app import create
+from imglish.web.guard import Settings
+
+
+def _keys(answer: dict[str, Any]) -> list[str]:
+    return [hit["key"] for hit in answer["hits"]]
+
+
+def _lines(response: Any) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def test_the_stream_gives_the_towers_first_and_then_the_reranked(client: Any, index: Index) -> None:
+    first, second = _lines(client.post("/v1/search/stream", data={"text": "a red hat", "k": 8, "rerank": 20}))
+    assert (first["stage"], first["last"], second["stage"], second["last"]) == ("towers", False, "reranked", True)
+    assert _keys(first) == [hit.key for hit in index.search("a red hat", k=8, rerank=0).hits]
+    wanted = index.search("a red hat", k=8, rerank=20)
+    assert _keys(second) == [hit.key for hit in wanted.hits] != _keys(first)
+    assert [hit["moved"] for hit in second["hits"]] == [hit.moved for hit in wanted.hits]
+    assert all(0 < hit["match"] < 1 for hit in second["hits"])
+    assert first["hits"][0]["match"] is None
+
+
+def test_without_words_there_is_one_answer(client: Any, index: Index) -> None:
+    picture = support.jpeg(support.drawing(5), quality=95)
+    [answer] = _lines(client.post("/v1/search/stream", files={"image": ("x.jpg", picture)}, data={"k": 5}))
+    assert answer["last"]
+    assert answer["hits"][0]["key"] == "in/5.jpg"
+
+
+def test_words_and_a_picture_together(client: Any, index: Index) -> None:
+    image = support.drawing(6)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    sent = client.post(
+        "/v1/search",
+        files={"image": ("x.png", buffer.getvalue())},
+        data={"text": "a hat", "not_text": "blue", "k": 6, "rerank": 10},
+    ).json()
+    wanted = index.search("a hat", image=image, not_text="blue", k=6, rerank=10)
+    assert _keys(sent) == [hit.key for hit in wanted.hits]
+    assert sent["hits"][0]["excluded"] == pytest.approx(wanted.hits[0].excluded)
+
+
+def test_get_answers_as_post(client: Any) -> None:
+    asked = {"text": "黑色上衣", "k": 4, "offset": 2, "where": "path starts 'in/1'", "rerank": 5}
+    one, other = client.get("/v1/search", params=asked).json(), client.post("/v1/search", data=asked).json()
+    assert _keys(one) == _keys(other)
+    assert all(key.startswith("in/1") for key in _keys(one))
+    assert [hit["rank"] for hit in one["hits"]] == [3, 4, 5, 6]
+
+
+def test_no_good_match_is_an_answer(client: Any) -> None:
+    answer = client.get("/v1/search", params={"text": "a hat", "min_match": 1.0}).json()
+    assert answer["no_good_match"]
+    assert answer["hits"] == []
+
+
+def test_a_batch_answers_as_single_searches(index: Index) -> None:
+    queries = [
+        Query("a red hat", k=5),
+        Query("a hat", k=3, offset=4),
+        Query("two blue shoes", k=4, where="path starts 'in/2'"),
+        Query("a bag", k=4, where="nonsense ="),
+        Query("a bag", not_text="a hat", k=4),
+        Query(image=support.drawing(4), k=4),
+    ]
+    index.store.searches.clear()  # type: ignore[attr-defined]
+    found = answers.first(index, queries)
+    assert 2 in index.store.searches  # type: ignore[attr-defined]  # two vectors in one pass
+    assert isinstance(found[3], ValueError)
+    for query, answer in zip(queries[:3] + queries[4:], found[:3] + found[4:], strict=True):
+        assert not isinstance(answer, Exception)
+        alone = answers.search(index, query, reranked=False)
+        assert [hit.key for hit in answer.hits] == [hit.key for hit in alone.hits]
+        assert [hit.rank for hit in answer.hits] == [hit.rank for hit in alone.hits]
+        assert (answer.total, answer.more) == (alone.total, alone.more)
+        np.testing.assert_allclose([h.cosine for h in answer.hits], [h.cosine for h in alone.hits], atol=1e-5)
+
+
+def test_many_clients_at_once(client: Any) -> None:
+    words = ["a hat", "a red hat", "a bag", "黑色上衣"] * 4
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: client.get("/v1/search", params={"text": text, "rerank": 4}).json(), words))
+    for text, answer in zip(words, found, strict=True):
+        assert _keys(answer) == _keys(client.get("/v1/search", params={"text": text, "rerank": 4}).json())
+
+
+def test_pictures_by_key(client: Any, index: Index) -> None:
+    key = "in/4.jpg"
+    small = Image.open(io.BytesIO(client.get("/v1/picture/thumbnail", params={"key": key}).content))
+    large = Image.open(io.BytesIO(client.get("/v1/picture/large", params={"key": key}).content))
+    assert max(small.size) == 128
+    assert large.size == support.drawing(4).size
+    assert not large.getexif()  # the file has a home address
+    known = client.get("/v1/picture", params={"key": key}).json()
+    assert (known["tags"], known["width"]) == (["drawing"], large.width)
+    similar = client.get("/v1/picture/similar", params={"key": key, "k": 5}).json()
+    assert [hit["key"] for hit in similar] == [hit.key for hit in index.similar(key, 5).hits]
+    assert key not in [hit["key"] for hit in similar]
+
+
+def test_a_lost_file_is_shown_small(client: Any, index: Index) -> None:
+    lost = client.get("/v1/picture/large", params={"key": "in/1.jpg"})
+    assert lost.content == index.thumbnail("in/1.jpg")
+
+
+def test_health_and_metrics(client: Any) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    client.post("/v1/search/stream", data={"text": "a hat"})
+    client.get("/v1/nothing/of/this/kind")
+    lines = client.get("/metrics").text.splitlines()
+    assert 'imglish_requests_total{route="/v1/search/stream",status="200"} 1' in lines
+    assert 'imglish_requests_total{route="other",status="404"} 1' in lines
+    assert 'imglish_search_seconds_count{stage="reranked"} 1' in lines
+    assert "imglish_batches_total 1" in lines
+    assert "imglish_pictures 24" in lines
+
+
+def test_health_tells_that_the_search_has_ended(index: Index) -> None:
+    app = create(index)
+    with support.closing(app) as client:
+        app.state.service.batcher.close()
+        assert client.get("/healthz").status_code == 503
+
+
+def test_a_full_queue_answers_429(index: Index) -> None:
+    app = create(index, Settings(waiting=1))
+    batcher = app.state.service.batcher
+    with support.closing(app) as client, index._lock, ThreadPoolExecutor(6) as pool:  # the model is busy
+        sent = [
+            pool.submit(client.post, "/v1/search", data={"text": "x", "rerank": 0, "not_text": str(i)})
+            for i in range(2)
+        ]
+        for _ in range(200):
+            if batcher.waiting == 1 or any(one.done() for one in sent):
+                break
+            batcher._thread.join(0.02)
+        refused = client.post("/v1/search/stream", data={"text": "a hat"})
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "busy"
+        index._lock.release()
+        assert {one.result(30).status_code for one in sent} <= {200, 429}
+        index._lock.acquire()
+        assert "imglish_refused_total" in client.get("/metrics").text
+
+
+def test_everything_is_documented(client: Any) -> None:
+    found = client.get("/openapi.json").json()
+    for path in ("/v1/search", "/v1/search/stream", "/v1/picture/thumbnail", "/v1/picture/similar", "/metrics"):
+        for route in found["paths"][path].values():
+            assert route["summary"]
+            assert "429" in route["responses"]
+    assert "image" in json.dumps(found["components"]["schemas"]["Body_search_v1_search_post"])
+
+
+def test_the_page_is_part_of_the_package(client: Any) -> None:
+    for path, name in (("/", "index.html"), ("/app.js", "app.js"), ("/app.css", "app.css")):
+        assert client.get(path).content == (files("imglish.web") / "static" / name).read_bytes()
