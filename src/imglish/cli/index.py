@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("source", nargs="?", help="folder, file or URL of pictures (default: none, with one of the jobs below)")
-    add("--to", required=True, metavar="INDEX", help="the index: a folder, or qdrant+http://HOST:PORT/NAME")
+    add("--to", required=True, metavar="INDEX", help="the index: a folder, or a URL of object storage")
     add("--model", help="the model (default: the one that the index was made with)")
     add("--tokens", choices=("bfloat16", "int8"), help="keep image tokens: reranking never encodes a picture again")
     add("--thumbnail", type=int, default=512, metavar="SIDE", help="longest side of kept pictures, 0: none (512)")

@@ -36,6 +36,7 @@ LEAST_REFINED = 1000  # of them
 OLD = timedelta(hours=1)  # that versions which nobody reads are kept
 INDEXED_KEYS = 50_000  # rows from which on pictures are found by their keys through an index
 BLOCK = 4096  # rows read at a time
+SLOW = 1.0  # seconds; a matrix that takes longer to load is not loaded for every version
 _ABOUT = 500  # keys in one condition
 _LOCK = "writer.lock"
 
@@ -73,10 +74,10 @@ class LanceStore:
             if local is not None:
                 local.mkdir(parents=True, exist_ok=True)
             database = lancedb.connect(url, read_consistency_interval=timedelta(0))
-            if dimension is not None:
-                table = database.create_table(TABLE, schema=_schema(dimension), exist_ok=True)
-            else:
+            if dimension is None or TABLE in database.list_tables().tables:
                 table = database.open_table(TABLE)
+            else:
+                table = database.create_table(TABLE, schema=_schema(dimension), exist_ok=True)
             store = LanceStore(url, table, database, exact_rows, few_rows)
         if dimension is not None and store.dimension != dimension:
             raise StoreError(f"{url} holds vectors of {store.dimension} numbers, the model gives {dimension}")
@@ -97,11 +98,13 @@ class LanceStore:
         with _refusals(self.url):
             change = self._table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
             change.execute(_arrow(rows, self.dimension))
+            self._loaded = (0.0, 0.0)
 
     def delete(self, keys: Collection[str]) -> None:
         for part in _parts(keys, _ABOUT):
             with _refusals(self.url):
                 self._table.delete(_in(part))
+                self._loaded = (0.0, 0.0)
 
     def mark_duplicates(self, first: dict[str, str]) -> None:
         import pyarrow as pa
@@ -112,6 +115,7 @@ class LanceStore:
         columns = {"key": pa.array(list(first), text), "duplicate_of": pa.array(list(first.values()), text)}
         with _refusals(self.url):
             self._table.merge_insert("key").when_matched_update_all().execute(pa.table(columns))
+            self._loaded = (0.0, 0.0)
 
     def optimize(self) -> None:
         from lancedb.index import BTree, IvfRq
@@ -232,12 +236,13 @@ class LanceStore:
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def _current(self) -> tuple[int, Matrix]:
-        """The matrix of the newest version. While another process writes again and again it may be older, by at most
-        ten times the seconds that loading takes."""
+        """The matrix of the newest version. Where loading takes long and another process writes again and again, it may
+        be older, by at most ten times the seconds of loading."""
         with self._lock:
             version = self.version
             held, now = self._matrix, time.monotonic()
-            if held is not None and (held[0] == version or now - self._loaded[0] < 10 * self._loaded[1]):
+            at, seconds = self._loaded
+            if held is not None and (held[0] == version or (seconds > SLOW and now - at < 10 * seconds)):
                 return held
             matrix = self._load()
             self._loaded = (time.monotonic(), time.monotonic() - now)

@@ -137,14 +137,10 @@ class Store(Protocol):
 
 
 def open_store(url: str, dimension: int | None = None) -> Store:
-    """The store at ``url``: a folder or a URL of object storage (LanceDB), or ``qdrant+http://HOST:PORT/NAME``.
+    """The store at ``url``: a folder or a URL of object storage (LanceDB).
 
     dimension: of the vectors; given, a store that is not there is made, else that is a :class:`StoreError`.
     """
-    if url.startswith("qdrant+"):
-        from imglish.search.qdrant import QdrantStore
-
-        return QdrantStore.open(url, dimension)
     from imglish.search.lance import LanceStore
 
     return LanceStore.open(url, dimension)
