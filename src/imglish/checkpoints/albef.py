@@ -11,7 +11,8 @@ from imglish.checkpoints.rules import Converted, Drop, Fresh, Rule, Table, Tie
 from imglish.models.albef import AlbefConfig
 
 
-def _bert(prefix: str, config: AlbefConfig) -> Iterator[Rule | Drop]:
+def bert_rules(prefix: str, config: AlbefConfig) -> Iterator[Rule | Drop]:
+    """The text encoder: its embeddings, text layers and fusion layers."""
     yield from bert.embeddings(f"{prefix}.embeddings", "embedding", types=True)
     alone = [part for part in bert.PARTS if part not in bert.CROSS]
     for i in range(config.depth):
@@ -23,7 +24,7 @@ def _bert(prefix: str, config: AlbefConfig) -> Iterator[Rule | Drop]:
 def _towers(config: AlbefConfig, with_mlm: bool, suffix: str) -> Iterator[Rule | Drop | Tie | Fresh]:
     text = f"text_encoder{suffix}"
     yield from bert.vision(f"visual_encoder{suffix}")
-    yield from _bert(f"{text}.bert" if with_mlm else text, config)
+    yield from bert_rules(f"{text}.bert" if with_mlm else text, config)
     if with_mlm:
         yield from bert.head(f"{text}.cls.predictions", f"{text}.bert.embeddings.word_embeddings.weight", "mlm_head")
     else:

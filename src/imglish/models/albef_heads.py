@@ -1,0 +1,108 @@
+"""ALBEF's task models (Li et al. 2021, section 5): a head reads the [CLS] of the fused text.
+
+Visual entailment: does the picture entail, contradict, or leave open what the text says? NLVR2: is the sentence true of
+several pictures? The fusion layers are there once a picture, one after the other, with shared keys and values.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from imglish.data.batch import TextBatch
+from imglish.models.albef import Albef
+from imglish.models.aligned import project
+from imglish.nn.attention import Memory
+from imglish.nn.blocks import Block
+from imglish.nn.segments import Rows, Segments
+from imglish.objectives.mlm import mlm_loss
+
+
+class _Task(nn.Module):
+    """An ALBEF and two linear layers that read the fused [CLS]."""
+
+    def __init__(self, albef: Albef, classes: int) -> None:
+        super().__init__()
+        width = albef.config.width
+        self.albef = albef
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+
+    def classify(self, cls: Tensor) -> Tensor:
+        return cast(Tensor, self.head(cls))
+
+    @staticmethod
+    def loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+        """Cross-entropy of ``logits (B, C)`` with ``labels (B,)``; a share ``alpha`` of it with what the momentum copy
+        says in place of the labels (section 3.3, applied to the task)."""
+        return mlm_loss(logits, labels, teacher_logits, alpha)
+
+
+class AlbefEntailment(_Task):
+    """Visual entailment (SNLI-VE: 3 classes), or any other classification of a picture with a text."""
+
+    def __init__(self, albef: Albef, classes: int = 3) -> None:
+        super().__init__(albef, classes)
+
+    def states(self, images: Tensor, texts: TextBatch, read: Rows | None = None) -> Tensor:
+        """Fused states ``(T, D)`` of text b with picture b, or the rows of ``read``."""
+        if len(images) != len(texts):
+            raise ValueError(f"{len(texts)} texts do not go with {len(images)} pictures one to one")
+        rows = self.albef.encode_texts(texts).rows
+        assert rows is not None
+        memory = self.albef.project_images(self.albef.vision(images))
+        return self.albef.fuse(rows, texts.segments, memory, Segments.equal(len(texts), 1), read)
+
+    def forward(self, images: Tensor, texts: TextBatch) -> Tensor:
+        """Logits ``(B, classes)``."""
+        return self.classify(self.states(images, texts, Rows.first(texts.segments, texts.ids.device)))
+
+
+class AlbefReasoning(_Task):
+    """NLVR2, and more than two pictures to a sentence: layer by layer the text looks at each of them in turn.
+
+    Takes over ``albef``: each of its fusion layers becomes one a picture, with equal weights at the start; they share
+    the projections to keys and values for good, nothing else.
+    """
+
+    def __init__(self, albef: Albef, pictures: int = 2, classes: int = 2) -> None:
+        super().__init__(albef, classes)
+        if pictures < 1:
+            raise ValueError(f"{pictures} pictures to a sentence")
+        self.pictures = pictures
+        layers = []
+        for first in list(albef.fusion_layers):
+            layers.append(first)
+            for _ in range(1, pictures):
+                layer = copy.deepcopy(cast(Block, first))
+                assert layer.cross is not None
+                layer.cross.kv = cast(Block, first).cross.kv  # type: ignore[union-attr]
+                layers.append(layer)
+        albef.fusion_layers = nn.ModuleList(layers)
+
+    def states(self, images: Sequence[Tensor], texts: TextBatch, read: Rows | None = None) -> Tensor:
+        """Fused states ``(T, D)``; ``images[n]`` ``(B, 3, H, W)``: the n-th picture of each text."""
+        if len(images) != self.pictures:
+            raise ValueError(f"{len(images)} pictures to a sentence, the model reads {self.pictures}")
+        if any(len(each) != len(texts) for each in images):
+            raise ValueError(f"{len(texts)} texts, {[len(each) for each in images]} pictures")
+        rows = self.albef.encode_texts(texts).rows
+        assert rows is not None
+        count = len(texts)
+        tokens = self.albef.vision(torch.cat(list(images))).split(count)
+        layers = list(self.albef.fusion_layers)
+        memories = [project(layers[n :: self.pictures], each) for n, each in enumerate(tokens)]
+        for number, layer in enumerate(layers):
+            turn, picture = divmod(number, self.pictures)
+            memory = memories[picture]
+            keys, values = memory.layers[turn]
+            seen = Memory(keys, values, memory.segments, Segments.equal(count, 1))
+            rows = layer(rows, texts.segments, memory=seen, read=read if number == len(layers) - 1 else None)
+        return rows
+
+    def forward(self, images: Sequence[Tensor], texts: TextBatch) -> Tensor:
+        """Logits ``(B, 2)``, column 1 = true."""
+        return self.classify(self.states(images, texts, Rows.first(texts.segments, texts.ids.device)))
