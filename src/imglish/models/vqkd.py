@@ -264,7 +264,7 @@ def vqkd_base() -> VqKdConfig:
 def vqkd_small() -> VqKdConfig:
     """For a teacher like clip-small or albef-small (80 px, 5 x 5 patches), on CPUs."""
     vision = VitConfig(image=ImageInput(80), patch=16, width=192, depth=3, heads=3)
-    return VqKdConfig(vision, decoder_depth=1, codes=256, code_width=16, teacher_width=192, restart=0.05)
+    return VqKdConfig(vision, decoder_depth=1, codes=256, code_width=16, teacher_width=192, decay=0.95, restart=0.1)
 
 
 def vqkd_tiny() -> VqKdConfig:
