@@ -64,6 +64,7 @@ class Report:
         self.title = title
         self.subtitle = subtitle
         self._parts: list[Markup] = []
+        self._scripts: list[str] = []
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
@@ -150,11 +151,30 @@ class Report:
         )
         return self._add(Markup('<div class="query">{}</div><div class="rows">{}</div>').format(query, lines))
 
+    def interactive(self, markup: Markup, script: str) -> Report:
+        """Own markup with a script of this package, which the page runs after all parts; of no other code does it run
+        any. The script asks for nothing from outside, and without it the markup has to make sense."""
+        if "</script" in script.lower():
+            raise ValueError("a script must not hold its own end tag")
+        if script not in self._scripts:
+            self._scripts.append(script)
+        return self._add(markup)
+
     # ---- result ---------------------------------------------------------------------------------------------------
 
     def html(self) -> str:
         page = _environment().get_template("report.html")
-        return page.render(title=self.title, subtitle=self.subtitle, parts=self._parts, version=_version())
+        scripts = [Markup(script) for script in self._scripts]
+        digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in self._scripts]
+        allowed = Markup("; script-src {}").format(Markup(" ").join(Markup("'sha256-{}'").format(d) for d in digests))
+        return page.render(
+            title=self.title,
+            subtitle=self.subtitle,
+            parts=self._parts,
+            version=_version(),
+            scripts=scripts,
+            allowed=allowed if scripts else "",
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write the file, with its folder, at once or not at all."""

@@ -45,7 +45,7 @@ def scored(out: Path, source: Path, tars: bool = False) -> Path:
 
 def test_the_keep_list_is_data(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = scored(tmp_path / "scores", photos)
-    assert main(["filter", str(scores), "--out", str(tmp_path / "kept")]) == 0
+    assert main(["filter", str(scores), "--out", str(tmp_path / "kept"), "--no-report"]) == 0
     said = capsys.readouterr().out
     assert "8" in said
     assert "itm is not a number" in said
@@ -61,7 +61,7 @@ def test_the_keep_list_is_data(photos: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_every_row_can_be_asked_why(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = scored(tmp_path / "scores", photos)
-    assert main(["filter", str(scores), "--min-itm", "0.65", "--out", str(tmp_path / "kept")]) == 0
+    assert main(["filter", str(scores), "--min-itm", "0.65", "--out", str(tmp_path / "kept"), "--no-report"]) == 0
     capsys.readouterr()
     assert main(["filter", str(tmp_path / "kept"), "--why", "1.png"]) == 0  # with the settings of that filter
     first, second = capsys.readouterr().out.splitlines()
@@ -72,7 +72,7 @@ def test_every_row_can_be_asked_why(photos: Path, tmp_path: Path, capsys: pytest
 
 def test_nothing_kept_is_said_and_not_written(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = scored(tmp_path / "scores", photos)
-    assert main(["filter", str(scores), "--min-itm", "0.95", "--out", str(tmp_path / "kept")]) == 1
+    assert main(["filter", str(scores), "--min-itm", "0.95", "--out", str(tmp_path / "kept"), "--no-report"]) == 1
     assert "no row is kept" in capsys.readouterr().err
     assert not (tmp_path / "kept").exists()
 
@@ -81,7 +81,7 @@ def test_pictures_in_tars_become_new_shards(photos: Path, tmp_path: Path, capsys
     shard(open_source(photos), tmp_path / "tars", ShardConfig(max_errors=0.5))
     before = (tmp_path / "tars" / "00000.tar").read_bytes()
     scores = scored(tmp_path / "scores", tmp_path / "tars", tars=True)
-    options = ["--out", str(tmp_path / "kept"), "--format", "parquet"]
+    options = ["--out", str(tmp_path / "kept"), "--format", "parquet", "--no-report"]
     assert main(["filter", str(scores), *options]) == 0
     assert "--shards" in capsys.readouterr().out
     assert len(pq.read_table(tmp_path / "kept" / "keep.parquet")) == 2
@@ -96,3 +96,16 @@ def test_unfinished_scores_are_refused(photos: Path, tmp_path: Path, capsys: pyt
     (scores / "00000.parquet").unlink()
     assert main(["filter", str(scores)]) == 2
     assert "not scored yet" in capsys.readouterr().err
+
+
+def test_the_report(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = scored(tmp_path / "scores", photos)
+    assert main(["filter", str(scores), "--out", str(tmp_path / "kept"), "--truth", str(photos)]) == 0
+    text = (tmp_path / "kept" / "report.html").read_text()
+    assert "3 of 14 texts are kept" in text
+    assert "script-src" in text
+    assert 'type="range"' in text
+    assert "Next to the border" in text
+    assert "area under the curve" in text
+    assert "itm is not a number" in text
+    assert text.count("data:image/") >= 6

@@ -16,7 +16,7 @@ Choose pairs by the scores that `imglish score` wrote, in seconds and without a 
   imglish filter kept --why 1000268201.jpg                          # kept or dropped, and by which rule
   imglish train RECIPE data.train=kept/keep.yaml
 
-Writes keep.jsonl, and keep.yaml, the list as a source of data.
+Writes keep.jsonl, keep.yaml, the list as a source of data, and report.html.
 """
 
 
@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--best", action="append", default=[], metavar="N[:MEASURE]", help="at most N texts a picture; repeatable")
     add("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the keep-list (default: jsonl)")
     add("--shards", type=Path, metavar="FOLDER", help="also write the kept pairs as tar shards")
+    add("--truth", metavar="FILE", help="JSON lines that say which captions are noise, for the report")
+    add("--no-report", action="store_true", help="without report.html")
     return parser
 
 
@@ -95,6 +97,13 @@ def _filter(arguments: argparse.Namespace) -> int:
             raise ValueError("--out has to be another folder than that of the scores")
         data = keeping.write(arguments.out, stage, scores, decisions, config, arguments.format == "parquet")
         print(f"kept pairs in {data}")
+        if not arguments.no_report:
+            from imglish.bootstrapping.quality import read_truth
+            from imglish.bootstrapping.report import page
+
+            truth = read_truth(arguments.truth) if arguments.truth is not None else None
+            made_page = page(stage, scores, decisions, config, truth).save(arguments.out / "report.html")
+            print(f"report in {made_page}")
         if data.suffix != ".yaml" and arguments.shards is None:
             print("the pictures are not files of their own: to train on this list, write --shards FOLDER")
     if arguments.shards is not None:
