@@ -217,7 +217,14 @@ def weights_of(model: Vlmo, batch: Batch) -> tuple[Tensor, Tensor]:
     return negative_weights(logits.T, ids, ids), negative_weights(logits, ids, ids)
 
 
-@pytest.mark.parametrize("path", [p for p in cases("vlmo-pretrain") if "ranks" not in p.name], ids=lambda p: p.name)
+_PRETRAINING = [  # the published size takes minutes and 10 GB of memory: `make test-slow`
+    pytest.param(path, id=path.name, marks=[pytest.mark.slow] if path.name.endswith("-base") else [])
+    for path in cases("vlmo-pretrain")
+    if "ranks" not in path.name
+]
+
+
+@pytest.mark.parametrize("path", _PRETRAINING)
 def test_pretraining_step(path: Path) -> None:
     case = Case(path)
     model, inputs = build(case), case.inputs
