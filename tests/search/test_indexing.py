@@ -57,8 +57,11 @@ def test_only_what_has_changed_is_read_again(tmp_path: Path, model_folder: Path)
     assert (summary.added, summary.rows) == (20, 20)
     first = _all(store)
     row = first[names[3]]
-    assert row.tags == ("b",) and (row.width, row.height) == (64, 48) and row.thumbnail[:2] == b"\xff\xd8"
-    assert row.phash == perceptual_hash(picture(3)) and read_original(row.place, row.key)[:4] == b"\x89PNG"
+    assert row.tags == ("b",)
+    assert (row.width, row.height) == (64, 48)
+    assert row.thumbnail[:2] == b"\xff\xd8"
+    assert row.phash == perceptual_hash(picture(3))
+    assert read_original(row.place, row.key)[:4] == b"\x89PNG"
     picture(99).save(photos / names[0])  # changed
     os.utime(photos / names[1], (1, 1))  # touched, the same content
     (photos / names[2]).unlink()  # deleted
@@ -68,13 +71,16 @@ def test_only_what_has_changed_is_read_again(tmp_path: Path, model_folder: Path)
     errors = Errors(share=0.5, quiet=True)
     summary, store = _run(photos, index, model_folder, errors=errors)
     assert (summary.added, summary.changed, summary.deleted, summary.broken, summary.copied) == (2, 1, 2, 1, 2)
-    assert summary.unchanged == 17 and summary.rows == 20 and errors.summary() == "1 not a picture"
+    assert summary.unchanged == 17
+    assert summary.rows == 20
+    assert errors.summary() == "1 not a picture"
     second = _all(store)
     assert set(second) == {*names} - {names[2], names[3]} | {"a/moved.png", "a/copy.png"}
     assert second[names[0]].digest != first[names[0]].digest
     assert (second["a/moved.png"].vector == first[names[3]].vector).all()
     assert second["a/moved.png"].thumbnail == first[names[3]].thumbnail
-    assert second[names[4]].duplicate_of == "a/copy.png" and summary.duplicates == 1
+    assert second["a/copy.png"].duplicate_of == names[4]
+    assert summary.duplicates == 1
     summary, _ = _run(photos, index, model_folder)
     assert (summary.added, summary.changed, summary.deleted, summary.copied) == (0, 0, 0, 0)
 
@@ -88,10 +94,13 @@ def test_two_sources_and_a_picture_that_breaks(tmp_path: Path, model_folder: Pat
         _run(tmp_path / "two", index, model_folder)
     two = IndexConfig(prefix="two/", progress=False, thumbnail=32)
     summary, store = _run(tmp_path / "two", index, model_folder, two)
-    assert summary.rows == 8 and summary.deleted == 0
+    assert summary.rows == 8
+    assert summary.deleted == 0
     (tmp_path / "two" / names[0]).write_bytes(b"broken now")
     summary, store = _run(tmp_path / "two", index, model_folder, two, Errors(share=1, quiet=True))
-    assert summary.broken == 1 and summary.deleted == 1 and "two/" + names[0] not in _all(store)
+    assert summary.broken == 1
+    assert summary.deleted == 1
+    assert "two/" + names[0] not in _all(store)
     for name in names:
         (tmp_path / "two" / name).write_bytes(b"all broken")
     with pytest.raises(DataError, match="more than the allowed share"):
@@ -122,7 +131,8 @@ def test_another_model_is_refused_with_both_names(tmp_path: Path, model_folder: 
     other = export_model(tmp_path / "other", seed=1)
     with pytest.raises(ManifestError) as caught:
         _run(tmp_path / "photos", tmp_path / "index", other)
-    assert str(model_folder) in str(caught.value) and str(other) in str(caught.value)
+    assert str(model_folder) in str(caught.value)
+    assert str(other) in str(caught.value)
     assert "imglish index SOURCE --model" in str(caught.value)
     note = (tmp_path / "index" / "manifest.json").read_text()
     (tmp_path / "index" / "manifest.json").write_text(note.replace('"format": 1', '"format": 2'))
@@ -146,7 +156,8 @@ def test_a_disk_that_refuses_leaves_the_index_as_it_was(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
     again = open_store(str(tmp_path / "index"))
-    assert again.count() == 10 and len(_all(again)) == 10
+    assert again.count() == 10
+    assert len(_all(again)) == 10
     again.upsert(rows(10, 20))
     assert again.count() == 20
 
@@ -189,7 +200,8 @@ def test_kills_at_random_moments(tmp_path: Path, model_folder: Path, kills: int)
         if (index / "pictures.lance").exists():
             store = open_store(str(index), dimension_of(load_model(model_folder)))
             held = _all(store)  # opens, and holds each picture once
-            assert len(held) >= survived and set(held) <= set(names)
+            assert len(held) >= survived
+            assert set(held) <= set(names)
             survived = len(held)
     summary, store = _run(photos, index, model_folder)
     assert summary.added == len(names) - survived  # what was committed is not encoded again
@@ -208,10 +220,12 @@ def test_a_reader_sees_whole_versions_while_another_process_writes(tmp_path: Pat
     vector = _all(store)["a/0000.png"].vector.astype("float32")[None]
     while process.is_alive():
         hits = store.search(vector, 100)[0]
-        assert hits[0].key == "a/0000.png" and len({hit.key for hit in hits}) == len(hits)
+        assert hits[0].key == "a/0000.png"
+        assert len({hit.key for hit in hits}) == len(hits)
         seen[len(hits)] += 1
     process.join()
-    assert process.exitcode == 0 and all(size % 2 == 0 for size in seen)  # commits are of two pictures
+    assert process.exitcode == 0
+    assert all(size % 2 == 0 for size in seen)
     assert store.count() == 28 == len(store.search(vector, 100)[0])
 
 
@@ -224,11 +238,15 @@ def test_the_command_says_what_it_did(tmp_path: Path, model_folder: Path, capsys
     assert "--model" in capsys.readouterr().err
     assert main([str(photos), "--to", str(index), "--model", str(model_folder), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "6 new" in out and "1 not a picture" in out
+    assert "6 new" in out
+    assert "1 not a picture" in out
     assert "broken.png" in (index / "errors.csv").read_text()
     assert main([str(photos), "--to", str(index), "--check", "--info", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "6 unchanged" in out and "recall@6" in out and "1.0000 (1 texts)" in out and "exact, in memory" in out
+    assert "6 unchanged" in out
+    assert "recall@6" in out
+    assert "1.0000 (1 texts)" in out
+    assert "exact, in memory" in out
     assert main(["--to", str(index)]) == 2
     assert main(["--to", str(tmp_path / "nowhere"), "--info"]) == 1
     Image.new("RGB", (3, 3)).save(tmp_path / "other.png")

@@ -54,7 +54,8 @@ def test_rows_come_back_as_they_went_in(store: Store) -> None:
         assert all(getattr(same, name) == getattr(row, name) for name in COLUMNS)
         np.testing.assert_allclose(same.vector.astype(np.float32), row.vector.astype(np.float32), atol=1e-3)
     cards = store.get([some[0].key])
-    assert cards[some[0].key].thumbnail == b"" and cards[some[0].key].captions == some[0].captions
+    assert cards[some[0].key].thumbnail == b""
+    assert cards[some[0].key].captions == some[0].captions
     scanned = [row for block in store.scan(("digest",), vectors=True) for row in block]
     assert {row.key: row.digest for row in scanned} == {row.key: row.digest for row in some}
     assert scanned[0].vector.shape == (16,)
@@ -82,25 +83,31 @@ def test_changes_replace_and_deletions_last(store: Store) -> None:
     assert store.version != before
     assert store.count() == 25
     found = store.get([changed.key], COLUMNS, vectors=True)[changed.key]
-    assert found.digest == "new" and found.tags == () and found.thumbnail == b""
+    assert found.digest == "new"
+    assert found.tags == ()
+    assert found.thumbnail == b""
     assert store.search(changed.vector[None].astype(np.float32), 1)[0][0].key == changed.key
     store.delete([changed.key, "nobody"])
     store.delete([])
     store.upsert([])
-    assert store.count() == 24 and changed.key not in store.get([changed.key])
+    assert store.count() == 24
+    assert changed.key not in store.get([changed.key])
     assert changed.key not in [hit.key for hit in store.search(changed.vector[None].astype(np.float32), 24)[0]]
     keys = [row.key for row in rows(4, 6)]
     store.mark_duplicates({keys[0]: keys[1]})
     marked = store.get(keys, COLUMNS, vectors=True)
-    assert marked[keys[0]].duplicate_of == keys[1] and marked[keys[0]].digest == rows(4, 5)[0].digest
-    assert marked[keys[0]].vector.any() and marked[keys[1]].duplicate_of == ""
+    assert marked[keys[0]].duplicate_of == keys[1]
+    assert marked[keys[0]].digest == rows(4, 5)[0].digest
+    assert marked[keys[0]].vector.any()
+    assert marked[keys[1]].duplicate_of == ""
     with pytest.raises(ValueError, match="different keys"):
         store.upsert([*rows(0, 1), *rows(0, 1)])
 
 
 def test_edges_of_a_search(store: Store) -> None:
     vector = np.ones((1, 16), np.float32)
-    assert store.search(vector, 5) == [[]] and store.count() == 0
+    assert store.search(vector, 5) == [[]]
+    assert store.count() == 0
     store.upsert(rows(0, 4))
     assert len(store.search(vector, 50)[0]) == 4
     assert store.search(vector, 5, parse("width > 9999")) == [[]]
@@ -120,7 +127,9 @@ def test_notes_and_what_is_said_of_a_store(store: Store) -> None:
     assert store.note("manifest") == "twee"
     store.upsert(rows(0, 3))
     info = store.info()
-    assert info.rows == 3 and info.dimension == 16 and info.recall.startswith("exact")
+    assert info.rows == 3
+    assert info.dimension == 16
+    assert info.recall.startswith("exact")
     store.optimize()
     assert store.count() == 3
 
@@ -129,9 +138,11 @@ def test_an_index_of_lance_is_opened_again(tmp_path: Path) -> None:
     first = _lance(tmp_path)
     first.upsert(rows(0, 9))
     again = open_store(str(tmp_path / "index"))
-    assert again.count() == 9 and again.dimension == 16
+    assert again.count() == 9
+    assert again.dimension == 16
     first.upsert(rows(9, 12))
-    assert again.count() == 12 and len(again.search(np.ones((1, 16), np.float32), 50)[0]) == 12
+    assert again.count() == 12
+    assert len(again.search(np.ones((1, 16), np.float32), 50)[0]) == 12
     with pytest.raises(StoreError, match="16 numbers, the model gives 8"):
         open_store(str(tmp_path / "index"), 8)
     with pytest.raises(StoreError, match="there is no index"):
