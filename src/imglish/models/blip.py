@@ -138,7 +138,7 @@ class Blip(AlignedFusion):
         """Packed texts -> features ``(N, E)`` (unimodal), and input rows ``(T, D)`` of the grounded encoder: [CLS]
         gives way to [ENC]."""
         cls = self._unimodal(texts, Rows.first(texts.segments, texts.ids.device))
-        return EncodedTexts(self._text_features(cls), texts.segments, self._grounded_input(texts))
+        return EncodedTexts(self._text_features(cls), texts.segments, self.grounded_input(texts))
 
     def _unimodal(self, texts: TextBatch, read: Rows | None = None) -> Tensor:
         rows = self.embedding(texts)
@@ -147,7 +147,8 @@ class Blip(AlignedFusion):
         states: Tensor = self.layers[-1](rows, texts.segments, read=read)
         return states
 
-    def _grounded_input(self, texts: TextBatch) -> Tensor:
+    def grounded_input(self, texts: TextBatch) -> Tensor:
+        """Input rows ``(T, D)`` of the grounded encoder: [CLS] gives way to [ENC]."""
         rows: Tensor = self.embedding(_opened_by(self.config.encode_id, texts))
         return rows
 
@@ -224,7 +225,7 @@ class Blip(AlignedFusion):
             image_m=image_m,
             text_m=text_m,
             swapped=self._text_features(cls[count:]) if wrong else None,
-            towers=_Towers(tokens, self._grounded_input(everything), everything.segments),
+            towers=_Towers(tokens, self.grounded_input(everything), everything.segments),
         )
 
     def losses(
