@@ -180,11 +180,11 @@ class _Job:
         blocks = [todo[low : low + self.config.batch] for low in range(0, len(todo), self.config.batch)]
         quiet = not self.config.progress or rank() > 0
         with tqdm(total=len(todo), desc="pictures", unit="picture", disable=quiet, smoothing=0.1) as bar:
-            done = 0
+            done, skipped = 0, self.summary.unchanged
             for readings in self._read(blocks):
                 self._take(readings)
                 done += len(readings)
-                self.errors.check(done, len(todo))
+                self.errors.check(skipped + done, skipped + len(todo))
                 bar.update(len(readings))
         self._commit()
 
