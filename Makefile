@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-slow fuzz check format clean
+.PHONY: quickstart test test-slow test-browser fuzz check format clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "imglish needs Python 3.11 to 3.13; set PYTHON=python3.x")'
@@ -16,10 +16,13 @@ quickstart: $(READY)
 	$(BIN)/imglish quickstart
 
 test: check
-	$(BIN)/python -m pytest -n 2 -m "not slow and not fuzz and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not fuzz and not gpu and not browser"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow"
+
+test-browser: $(READY)
+	$(BIN)/python -m pytest -m "browser"
 
 fuzz: $(READY)
 	$(BIN)/python -m pytest -m "fuzz" --timeout=3600
