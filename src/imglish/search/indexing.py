@@ -104,7 +104,8 @@ def prepare(store: Store, model: Model, name: str, config: IndexConfig) -> Manif
     opened = manifests.describe(model, name, config.thumbnail, config.tokens)
     kept = manifests.read(store)
     if kept is None:
-        manifests.write(store, opened)
+        if rank() == 0:
+            manifests.write(store, opened)
         return opened
     manifests.check(kept, opened, store.url)
     return kept
