@@ -8,14 +8,14 @@ id; here a text ends at its end token.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imglish.checkpoints.rules import TRANSPOSE, Converted, Drop, Rule, Table
+from imglish.checkpoints.sizes import count
 from imglish.models.clip import ClipConfig, ResNetConfig, clip_vit
 from imglish.models.coca import CocaConfig
 from imglish.models.text_towers import TextConfig
@@ -124,10 +124,10 @@ def config_from_weights(official: Mapping[str, Tensor]) -> ClipConfig:
         width, _, patch, _ = official["visual.conv1.weight"].shape
         grid = math.isqrt(official["visual.positional_embedding"].shape[0] - 1)
         vision: dict[str, Any] = {"vision_width": width, "vision_patch_size": patch, "image_resolution": grid * patch}
-        vision["vision_layers"] = _count(official, r"visual\.transformer\.resblocks\.(\d+)\.")
+        vision["vision_layers"] = count(official, r"visual\.transformer\.resblocks\.(\d+)\.")
     elif "visual.attnpool.positional_embedding" in official:
         cells = official["visual.attnpool.positional_embedding"].shape[0] - 1
-        layers = [_count(official, rf"visual\.layer{stage}\.(\d+)\.") for stage in range(1, 5)]
+        layers = [count(official, rf"visual\.layer{stage}\.(\d+)\.") for stage in range(1, 5)]
         width = official["visual.layer1.0.conv1.weight"].shape[0]
         vision = {"vision_width": width, "vision_layers": layers, "image_resolution": math.isqrt(cells) * STRIDE}
     else:
@@ -141,14 +141,9 @@ def config_from_weights(official: Mapping[str, Tensor]) -> ClipConfig:
             "vocab_size": official["token_embedding.weight"].shape[0],
             "transformer_width": text_width,
             "transformer_heads": text_width // 64,
-            "transformer_layers": _count(official, r"transformer\.resblocks\.(\d+)\."),
+            "transformer_layers": count(official, r"transformer\.resblocks\.(\d+)\."),
         }
     )
-
-
-def _count(names: Iterable[str], pattern: str) -> int:
-    """Different numbers that ``pattern`` captures at the start of ``names``."""
-    return len({found.group(1) for name in names if (found := re.match(pattern, name))})
 
 
 def _four(layers: Sequence[int]) -> tuple[int, int, int, int]:
