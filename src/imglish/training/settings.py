@@ -55,7 +55,7 @@ def lay_over(data: dict[str, Any], override: str) -> None:
             inner = place[name] = {}
         if not isinstance(inner, dict):
             raise SettingsError(key, f"{'.'.join(parents[: depth + 1])} is {inner!r}, it has no settings inside")
-        place = inner
+        place[name] = place = dict(inner)  # a copy: a YAML anchor makes one mapping stand in several places
     try:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -7,7 +7,8 @@
       texts: {model: {name: vlmo-small, start: images}, ...}
       pairs: {model: {name: vlmo-small, start: texts}, ...}
 
-``model.start``, ``model.init`` and ``targets`` may name an earlier stage, whose model is then meant.
+``model.start``, ``model.init`` and ``targets`` may name an earlier stage, whose model is then meant. A stage that is null
+is left out (``stages.images=null stages.texts.model.start=runs/beit/model``).
 """
 
 from __future__ import annotations
@@ -78,22 +79,23 @@ def stages_from(data: Mapping[str, Any]) -> list[Stage]:
     if unknown := sorted(set(data) - KEYS):
         raise SettingsError(unknown[0], f"a recipe of stages has {', '.join(sorted(KEYS))}; settings belong into those")
     stages, shared, output = data.get("stages"), data.get("shared") or {}, data.get("output")
-    if not isinstance(stages, Mapping) or not stages:
+    if not isinstance(stages, Mapping) or not any(settings is not None for settings in stages.values()):
         raise SettingsError("stages", "name at least one stage: stages: {pairs: {model: ...}}")
     if not isinstance(output, str):
         raise SettingsError("output", "a folder is needed, each stage gets one in it")
     if not isinstance(shared, Mapping):
         raise SettingsError("shared", f"{shared!r} is not a group of settings")
     found: list[Stage] = []
-    for number, (name, settings) in enumerate(stages.items(), 1):
+    wanted = {name: settings for name, settings in stages.items() if settings is not None}
+    for number, (name, settings) in enumerate(wanted.items(), 1):
         key = f"stages.{name}"
         if not isinstance(settings, Mapping):
             raise SettingsError(key, f"{settings!r} is not a group of settings")
         if {"output"} & (set(settings) | set(shared)):
             raise SettingsError(f"{key}.output", "every stage has its folder in the output of the whole recipe")
         merged = _merged(shared, settings) | {"output": str(Path(output) / f"{number}-{name}")}
-        needs = _resolve(merged, {stage.name: stage for stage in found}, stages)
         try:
+            needs = _resolve(merged, {stage.name: stage for stage in found}, stages)
             found.append(Stage(str(name), recipe_from(merged), needs))
         except SettingsError as error:
             raise SettingsError(f"{key}.{error.key}", str(error).removeprefix(f"{error.key}: ")) from error
@@ -122,7 +124,8 @@ def _resolve(settings: dict[str, Any], earlier: Mapping[str, Stage], names: Mapp
             place[last] = str(earlier[name].model)
             needs.append(name)
         elif name in names:
-            raise SettingsError(".".join([*groups, last]), f"the stage {name!r} does not come before this one")
+            why = "does not come before this one" if names[name] is not None else "is left out: give a model's folder"
+            raise SettingsError(".".join([*groups, last]), f"the stage {name!r} {why}")
     return tuple(needs)
 
 
