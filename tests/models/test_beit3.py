@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -172,6 +173,21 @@ def test_packed_step_equals_plain_step(config: Beit3Config, alone: list[int] | N
     for name, value in plain.items():
         torch.testing.assert_close(packed[name], value, rtol=1e-5, atol=1e-6)
     compare_gradients(model, [packed, plain])
+
+
+@pytest.mark.parametrize(("objective", "alone"), [("mdm", None), ("mdm", [4, 7]), ("captions", None)])
+def test_losses_of_the_parts_of_a_batch_have_those_of_the_whole_as_their_mean(
+    objective: Literal["mdm", "captions"], alone: list[int] | None
+) -> None:
+    model, teacher = trained(replace(beit3_tiny(), objective=objective)), teacher_of(beit3_tiny())
+    batch = make_batch(model.config, LENGTHS, alone)
+    parts = split(batch, 2)
+    assert len({part.masked_words for part in parts}) == 2
+    whole, each = model.losses(batch, teacher), [model.losses(part, teacher) for part in parts]
+    mean = {name: (each[0][name] + each[1][name]) / 2 for name in whole if not name.startswith("metric/")}
+    for name, value in mean.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6, msg=name)
+    compare_gradients(model, [whole, mean])
 
 
 def test_experts_of_the_paper_and_of_the_release() -> None:

@@ -63,6 +63,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "heads": 2,
         "max_length": 16,
     },
+    "vlmo": {
+        "name": "vlmo-tiny",
+        "image": {"size": SIZE},
+        "width": 32,
+        "depth": 2,
+        "fused_layers": 1,
+        "heads": 2,
+        "hidden": 64,
+        "embed_dim": 16,
+        "max_length": 20,
+        "text_distances": 20,
+    },
     "clip": {
         "name": "clip-tiny",
         "vision": {"image": {"size": SIZE}, "width": 32, "depth": 1, "heads": 2},

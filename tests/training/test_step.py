@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from imglish.data.batch import Batch
+from imglish.data.batch import Batch, MaskedTexts, TextBatch
 from imglish.data.loader import training_batches
 from imglish.models.capabilities import MissingCapabilityError
+from imglish.nn.segments import Segments
 from imglish.training.config import Recipe
-from imglish.training.setup import gather_materials, new_model, pair_dataset
+from imglish.training.setup import gather_materials, make_teacher, new_model, pair_dataset
 from imglish.training.step import Stepper, StepSettings, split
 from imglish.training.trainer import train
 from tests.ranks import run_ranks
@@ -22,13 +23,13 @@ from tests.training.support import final_state, recipe, records
 
 def prepare(family: str, **model: Any) -> tuple[torch.nn.Module, Any, Batch]:
     """Model, teacher and one batch of 8 pairs, two of them of one picture."""
-    settings = recipe("unused", family)
+    settings = recipe("unused", family, tokenizer={"append_sep": True})
     settings.model.update(model)
     materials = gather_materials(settings, records(), None, None)
     made = new_model(materials, seed=3)
     batch = next(training_batches(pair_dataset(settings, materials), 8, seed=1))[0]
     batch.image_ids[5] = batch.image_ids[1]
-    return made, made.make_teacher(), batch
+    return made, make_teacher(made, materials), batch
 
 
 def gradients(family: str, parts: int, alpha: float = 0.4, **model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,6 +91,54 @@ def test_accumulated_albef_contrast_equals_one_batch(dropout: float) -> None:
     again_losses, again = gradients("albef", 4, **itc)
     assert all(torch.equal(accumulated[name], again[name]) for name in again)
     assert torch.equal(losses["itc"], again_losses["itc"])
+
+
+EXACT: dict[str, tuple[str, dict[str, Any]]] = {
+    "albef without ITM": ("albef", {"itm": False}),
+    "albef without ITC and ITM": ("albef", {"itc": False, "itm": False}),
+    "blip without ITM": ("blip", {"itm": False}),
+    "blip with a prompt, captioning alone": ("blip", {"itc": False, "itm": False, "prompt": "a picture of the "}),
+    "coca": ("coca", {}),
+    "vilt": ("vilt", {}),
+    "vilt in one forward": ("vilt", {"one_forward": True}),
+    "vlmo without ITM": ("vlmo", {"itm": False}),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_accumulated_losses_and_gradients_are_those_of_the_whole_batch(name: str) -> None:
+    """Of every objective but the ITM with hard negatives, which are drawn within a part. Means over words are the
+    whole's, though one part has more of them than the other."""
+    family, model = EXACT[name]
+    (whole_losses, whole), (losses, accumulated) = (gradients(family, parts, **model) for parts in (1, 2))
+    exact = [key for key in whole_losses if not key.startswith("metric/")]
+    close({key: losses[key] for key in exact}, {key: whole_losses[key] for key in exact})
+    close(accumulated, whole)
+    _, _, batch = prepare(family, **model)
+    words = [part.masked_words or part.texts.segments.total for part in split(batch, 2)]
+    assert words[0] != words[1]
+
+
+def test_split_divides_the_masks_of_several_captions_a_picture() -> None:
+    batch = several_captions()
+    parts = split(batch, 2)
+    assert batch.masked is not None
+    for part in parts:
+        assert part.masked is not None
+        assert len(part.masked.counts) == len(part.texts) == 4
+        unmasked = part.masked.ids.clone()
+        unmasked[part.masked.rows] = part.masked.labels
+        assert torch.equal(unmasked, part.texts.ids)
+        assert part.mean(lambda b: b.masked_words) == batch.masked_words / 2 == 7 / 2
+
+
+def several_captions() -> Batch:
+    """4 pictures with two captions of three tokens each, the k-th of which has k % 3 masked ones."""
+    counts = tuple(k % 3 for k in range(8))
+    texts = TextBatch(torch.arange(24), Segments.equal(8, 3))
+    rows = torch.tensor([3 * text + k for text, count in enumerate(counts) for k in range(count)])
+    masked = MaskedTexts(texts.ids.index_fill(0, rows, 99), rows, texts.ids[rows], counts)
+    return Batch(torch.zeros(4, 3, 8, 8), texts, torch.arange(4), torch.zeros(4, 2), masked, captions=2)
 
 
 def test_accumulation_with_all_objectives_keeps_the_contrastive_value() -> None:

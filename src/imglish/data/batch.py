@@ -40,20 +40,13 @@ class MaskedTexts:
     """The texts of a batch with tokens masked for MLM, row for row beside :class:`TextBatch`.
 
     ids: int64 ``(T,)``; rows: int64 ``(M,)`` row numbers whose token is to be predicted, ascending;
-    labels: int64 ``(M,)`` the original tokens; counts: how many of the M lie in each text (host); mean_count: where
-    this is one of several parts of a batch, how many masked tokens a part has on average.
+    labels: int64 ``(M,)`` the original tokens; counts: how many of the M lie in each text (host).
     """
 
     ids: Tensor
     rows: Tensor
     labels: Tensor
     counts: tuple[int, ...]
-    mean_count: float | None = None
-
-    @property
-    def count(self) -> float:
-        """M; of one of several parts their mean, so that means over masked tokens add up to the whole's."""
-        return sum(self.counts) if self.mean_count is None else self.mean_count
 
     def map(self, move: Callable[[Tensor], Tensor]) -> MaskedTexts:
         return replace(self, ids=move(self.ids), rows=move(self.rows), labels=move(self.labels))
@@ -101,8 +94,8 @@ class Batch:
     uniform in [0, 1), the random numbers that choose the hard negative picture and the hard negative text of each
     pair; swapped: optionally one wrong caption per picture, a negative that the data knows; patches: to be predicted;
     unpaired: pictures and texts beside the pairs; keys: names of the samples for messages; mixed: every so-many-th
-    picture is yet to be blended with the next one (MixGen), 0 for none; mean_tokens: where this is
-    one of several parts of a batch, how many text tokens a part has on average.
+    picture is yet to be blended with the next one (MixGen), 0 for none; whole: where this is
+    one of several equal parts of a batch, that batch, as it came (on the host in training).
     """
 
     images: Pictures
@@ -116,12 +109,29 @@ class Batch:
     keys: tuple[str, ...] = ()
     captions: int = 1
     mixed: int = 0
-    mean_tokens: float | None = None
+    whole: Batch | None = None
+
+    def mean(self, count: Callable[[Batch], float]) -> float:
+        """``count`` of this batch; of one of several parts, its mean over them. Losses over words or patches divide by
+        it, so that those of the parts have the whole's as their mean."""
+        whole = self if self.whole is None else self.whole
+        return count(whole) * len(self) / len(whole)
 
     @property
-    def tokens(self) -> float:
-        """Text tokens; of one of several parts their mean, so that what is divided by it adds up to the whole's."""
-        return self.texts.segments.total if self.mean_tokens is None else self.mean_tokens
+    def masked_words(self) -> int:
+        """How many tokens of the texts are masked."""
+        return 0 if self.masked is None else sum(self.masked.counts)
+
+    @property
+    def masked_patches(self) -> int:
+        """How many patches of the pictures are masked."""
+        return 0 if self.patches is None else sum(self.patches.counts)
+
+    @property
+    def masked_alone(self) -> tuple[int, int]:
+        """How many patches of the pictures alone and tokens of the texts alone are masked."""
+        alone = self.unpaired
+        return (0, 0) if alone is None else (sum(alone.patches.counts), sum(alone.masked.counts))
 
     @property
     def has_images(self) -> bool:

@@ -181,8 +181,8 @@ class Albef(AlignedFusion):
         if teacher.alpha > 0 and towers.teacher is not None:
             with torch.no_grad():
                 soft = teacher.model._soft_labels(towers.teacher, batch.masked)
-        masked = batch.masked
-        return {"mlm": mlm_loss(self._mlm_logits(rows), masked.labels, soft, teacher.alpha, masked.count)}
+        masked, count = batch.masked, batch.mean(lambda b: b.masked_words)
+        return {"mlm": mlm_loss(self._mlm_logits(rows), masked.labels, soft, teacher.alpha, count)}
 
     def _soft_labels(self, towers: _Towers, masked: MaskedTexts) -> Tensor:
         """The teacher's logits ``(M, V)``, from the masked texts and the momentum picture tokens."""

@@ -147,12 +147,13 @@ class Beit(nn.Module):
         if not isinstance(batch.images, Tensor):
             raise ValueError("BEiT takes pictures of one size")
         codes = teacher.codes(batch.images, (self.config.grid, self.config.grid)).flatten()[batch.patches.rows]
-        return self.mim(self.fill_patches(batch.images, batch.patches), codes)
+        count = batch.mean(lambda b: b.masked_patches)
+        return self.mim(self.fill_patches(batch.images, batch.patches), codes, count)
 
-    def mim(self, logits: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Loss and accuracy of ``logits (M, K)`` against the true codes ``(M,)``."""
+    def mim(self, logits: Tensor, codes: Tensor, count: float | None = None) -> dict[str, Tensor]:
+        """Loss and accuracy of ``logits (M, K)`` against the true codes ``(M,)``; count: see :func:`mim_loss`."""
         accuracy = (logits.argmax(1) == codes).float().mean()
-        return {"mim": mim_loss(logits, codes), "metric/mim_accuracy": accuracy.detach()}
+        return {"mim": mim_loss(logits, codes, count), "metric/mim_accuracy": accuracy.detach()}
 
     def fill_patches(self, images: Tensor, masked: PatchMasks) -> Tensor:
         """Logits over codes ``(M, K)`` of the masked patches; the last block computes these M rows only."""

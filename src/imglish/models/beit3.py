@@ -279,13 +279,14 @@ class Beit3(nn.Module):
         on_words = self.mlm_head(states[sizes[0] + sizes[1] :])
         codes = teacher.codes(images, (self.config.grid, self.config.grid)).flatten()[patches.rows]
         losses = {
-            "pair_mim": mim_loss(on_codes[sizes[0] :], codes[sizes[0] :]),
-            "pair_mlm": mlm_loss(on_words[: sizes[2]], batch.masked.labels),
+            "pair_mim": mim_loss(on_codes[sizes[0] :], codes[sizes[0] :], batch.mean(lambda b: b.masked_patches)),
+            "pair_mlm": mlm_loss(on_words[: sizes[2]], batch.masked.labels, count=batch.mean(lambda b: b.masked_words)),
             "metric/mim_accuracy": (on_codes.argmax(1) == codes).float().mean().detach(),
         }
         if alone is not None:
-            losses["mim"] = mim_loss(on_codes[: sizes[0]], codes[: sizes[0]])
-            losses["mlm"] = mlm_loss(on_words[sizes[2] :], alone.masked.labels)
+            patches_alone, words_alone = (batch.mean(lambda b, i=i: b.masked_alone[i]) for i in (0, 1))
+            losses["mim"] = mim_loss(on_codes[: sizes[0]], codes[: sizes[0]], patches_alone)
+            losses["mlm"] = mlm_loss(on_words[sizes[2] :], alone.masked.labels, count=words_alone)
         return losses
 
     def _captions(self, batch: Batch) -> dict[str, Tensor]:
@@ -295,7 +296,8 @@ class Beit3(nn.Module):
         texts = TextBatch(masked.ids, batch.texts.segments)
         logits = self.fill_caption_masks(batch.squares, texts, masked.rows, masked.counts, batch.captions)
         accuracy = (logits.argmax(1) == masked.labels).float().mean()
-        loss = smoothed_mlm_loss(logits, masked.labels, config.label_smoothing, config.drop_worst)
+        count = batch.mean(lambda b: b.masked_words)
+        loss = smoothed_mlm_loss(logits, masked.labels, config.label_smoothing, config.drop_worst, count)
         return {"caption": loss, "metric/caption_accuracy": accuracy.detach()}
 
 

@@ -261,7 +261,7 @@ class Blip(AlignedFusion):
         shorter = Segments.of(max(n - 1, 0) for n in texts.segments.lengths)
         states = self.decode(TextBatch(opened[upload_index(given, device)], shorter), memory)
         logits = self.next_logits(states[upload_index(np.searchsorted(given, rows), device)])
-        count = len(targets) if batch.mean_tokens is None else batch.mean_tokens - len(batch) * (1 + prompt)
+        count = batch.mean(lambda b: len(lm_rows(b.texts.segments, prompt)[1]))
         return {"lm": lm_loss(logits, texts.ids[upload_index(targets, device)], self.config.smoothing, count)}
 
 

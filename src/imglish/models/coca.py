@@ -264,7 +264,7 @@ class Coca(nn.Module):
         memory = self.project_images(towers.tokens)
         states = self.decode(towers.rows[upload_index(predicting, device)], inputs, memory, texts)
         targets = batch.texts.ids[upload_index(predicted, device)]
-        count = batch.tokens - len(batch.texts)
+        count = batch.mean(lambda b: b.texts.segments.total - len(b.texts))
         nats = vocabulary_loss(states, self.head.weight, targets, count, self.config.chunk)
         losses["caption"] = nats * self.config.caption_weight
         losses["metric/token_nats"] = nats.detach()

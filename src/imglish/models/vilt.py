@@ -217,7 +217,7 @@ class Vilt(nn.Module):
         if config.mlm and not config.one_forward:
             masked = _masked(batch)
             logits = self.fill_masks(pictures, masked, batch.texts.segments)
-            losses["mlm"] = mlm_loss(logits, masked.labels, count=masked.count)
+            losses["mlm"] = mlm_loss(logits, masked.labels, count=batch.mean(lambda b: b.masked_words))
         if wrong is not None:
             losses |= self._match_step(batch, pictures, wrong.numpy())
         return losses
@@ -235,11 +235,16 @@ class Vilt(nn.Module):
         losses, states = self.itm_wpa(pairs, matched)
         if self.config.one_forward:
             masked = _masked(batch)
+
+            def matching_words(b: Batch) -> float:
+                stays = ~(wrong if b is batch else replaced(b).cpu().numpy())
+                return int(np.dot(stays, _masked(b).counts))
+
             kept = np.flatnonzero(np.repeat(~wrong, masked.counts))
             shift = _shift(pairs, batch.texts.segments, masked.counts)[kept]
             index, device = upload_index(kept, states.device), states.device
             logits = self._words(states[masked.rows[index] + upload_index(shift, device)])
-            losses["mlm"] = mlm_loss(logits, masked.labels[index])
+            losses["mlm"] = mlm_loss(logits, masked.labels[index], count=batch.mean(matching_words))
         return losses
 
     def itm_wpa(self, pairs: Pairs, matched: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:

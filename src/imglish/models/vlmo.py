@@ -203,7 +203,8 @@ class Vlmo(VlmoBody):
         known, filled = self._known_pairs(batch, embedded.towers)
         if self.config.mlm:
             assert batch.masked is not None
-            loss = mlm_loss(self._mlm_logits(filled), batch.masked.labels)
+            count = batch.mean(lambda b: b.masked_words)
+            loss = mlm_loss(self._mlm_logits(filled), batch.masked.labels, count=count)
             losses |= {"mlm": self.config.mlm_weight * loss}
         if negatives is not None:
             drawn = self._negative_pairs(negatives, batch, embedded.towers)
@@ -213,7 +214,8 @@ class Vlmo(VlmoBody):
     def _text_loss(self, batch: Batch) -> Tensor:
         if batch.masked is None or not self.config.mlm:
             raise ValueError("a batch of texts alone is trained by MLM: it needs masked texts and model.mlm=true")
-        return mlm_loss(self.fill_text_masks(batch.masked, batch.texts.segments), batch.masked.labels)
+        logits = self.fill_text_masks(batch.masked, batch.texts.segments)
+        return mlm_loss(logits, batch.masked.labels, count=batch.mean(lambda b: b.masked_words))
 
     def _known_pairs(self, batch: Batch, towers: _Towers) -> tuple[Tensor, Tensor]:
         """[CLS] of the clean and of the swapped texts beside their picture, and the masked rows of the masked texts."""

@@ -13,13 +13,14 @@ from imglish.objectives.gather import gather_with_grad, global_mean, world_size
 PIXEL_MARGIN = 0.1  # DALL-E keeps pixels this far from 0 and 1, where the logit is infinite
 
 
-def mim_loss(logits: Tensor, codes: Tensor) -> Tensor:
+def mim_loss(logits: Tensor, codes: Tensor, count: float | None = None) -> Tensor:
     """Masked image modelling (BEiT, equation 1): cross-entropy of masked patches' codes, mean over those of all ranks.
 
-    logits: ``(M, K)``; codes: int64 ``(M,)``, what a visual tokenizer makes of the patches. M may be zero.
+    logits: ``(M, K)``; codes: int64 ``(M,)``, what a visual tokenizer makes of the patches; count: what to divide by
+    (default M; for one of several parts of a batch, the mean of their M). M may be zero.
     """
     total = F.cross_entropy(logits.float(), codes, reduction="sum")
-    return global_mean(total, codes.shape[0])
+    return global_mean(total, codes.shape[0] if count is None else count)
 
 
 def map_pixels(pixels: Tensor) -> Tensor:

@@ -32,12 +32,15 @@ def mlm_loss(
     return global_mean(total, labels.shape[0] if count is None else count)
 
 
-def smoothed_mlm_loss(logits: Tensor, labels: Tensor, smoothing: float, drop_worst: float = 0.0) -> Tensor:
+def smoothed_mlm_loss(
+    logits: Tensor, labels: Tensor, smoothing: float, drop_worst: float = 0.0, count: float | None = None
+) -> Tensor:
     """Divergence from targets of which ``smoothing`` is spread over the other words, mean over masked positions.
 
     logits: ``(M, V)``; labels: int64 ``(M,)``. Zero is a perfect prediction of these targets: their entropy is taken
     off, as BEiT-3's captioning does. drop_worst: leave out this share of the positions, those of largest loss (of this
-    rank), which are often wrong captions. The mean is over the positions of all ranks.
+    rank and part of a batch), which are often wrong captions. The mean is over the positions of all ranks; count: as in
+    :func:`mlm_loss`, without ``drop_worst``.
     """
     others = logits.shape[1] - 1
     log_p = F.log_softmax(logits.float(), dim=1)
@@ -48,4 +51,5 @@ def smoothed_mlm_loss(logits: Tensor, labels: Tensor, smoothing: float, drop_wor
         each = each + (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(smoothing / others)
     if drop_worst > 0:
         each = each.topk(int(labels.shape[0] * (1 - drop_worst)), largest=False).values
-    return global_mean(each.sum(), each.shape[0])
+        count = None
+    return global_mean(each.sum(), each.shape[0] if count is None else count)

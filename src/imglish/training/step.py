@@ -32,8 +32,7 @@ SURROGATE = "itc"  # name under which `Embedded.surrogate` stands among the loss
 def split(batch: Batch, parts: int) -> list[Batch]:
     """``batch`` (on the host or a device) as ``parts`` batches of equal size; packed rows are cut as views.
 
-    Every part knows how many text tokens, and masked ones, a part has on average, so that means over tokens are those
-    of the whole.
+    Every part knows the whole, so that means over words and patches are those of the whole (:meth:`Batch.mean`).
     """
     if parts == 1:
         return [batch]
@@ -44,27 +43,25 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 
 def _part(batch: Batch, pairs: slice) -> Batch:
+    texts = slice(pairs.start * batch.captions, pairs.stop * batch.captions)
     return replace(
         batch,
         images=batch.images[pairs],
-        texts=_texts(batch.texts, slice(pairs.start * batch.captions, pairs.stop * batch.captions)),
-        mean_tokens=batch.tokens * (pairs.stop - pairs.start) / len(batch),
+        texts=_texts(batch.texts, texts),
         image_ids=batch.image_ids[pairs],
         draws=batch.draws[pairs],
-        masked=_masked(batch.masked, batch.texts.segments, pairs) if batch.masked is not None else None,
+        masked=_masked(batch.masked, batch.texts.segments, texts) if batch.masked is not None else None,
         swapped=_texts(batch.swapped, pairs) if batch.swapped is not None else None,
         patches=_patches(batch.patches, pairs) if batch.patches is not None else None,
         unpaired=_unpaired(batch.unpaired, pairs, len(batch)) if batch.unpaired is not None else None,
         keys=batch.keys[pairs],
+        whole=batch,
     )
 
 
 def _masked(masked: MaskedTexts, segments: Segments, texts: slice) -> MaskedTexts:
     rows, some = _rows(segments, texts), _counted(masked.counts, texts)
-    mean = masked.count * (texts.stop - texts.start) / max(len(masked.counts), 1)
-    return MaskedTexts(
-        masked.ids[rows], masked.rows[some] - rows.start, masked.labels[some], masked.counts[texts], mean
-    )
+    return MaskedTexts(masked.ids[rows], masked.rows[some] - rows.start, masked.labels[some], masked.counts[texts])
 
 
 def _patches(masks: PatchMasks, pictures: slice) -> PatchMasks:
