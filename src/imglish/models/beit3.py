@@ -284,9 +284,10 @@ class Beit3(nn.Module):
             "metric/mim_accuracy": (on_codes.argmax(1) == codes).float().mean().detach(),
         }
         if alone is not None:
-            patches_alone, words_alone = (batch.mean(lambda b, i=i: b.masked_alone[i]) for i in (0, 1))
-            losses["mim"] = mim_loss(on_codes[: sizes[0]], codes[: sizes[0]], patches_alone)
-            losses["mlm"] = mlm_loss(on_words[sizes[2] :], alone.masked.labels, count=words_alone)
+            count = batch.mean(lambda b: b.masked_alone[0])
+            losses["mim"] = mim_loss(on_codes[: sizes[0]], codes[: sizes[0]], count)
+            count = batch.mean(lambda b: b.masked_alone[1])
+            losses["mlm"] = mlm_loss(on_words[sizes[2] :], alone.masked.labels, count=count)
         return losses
 
     def _captions(self, batch: Batch) -> dict[str, Tensor]:
