@@ -31,7 +31,7 @@ from imglish.data.pictures import Picture as PictureForm
 from imglish.data.pictures import picture_of, stack
 from imglish.data.regions import Regions
 from imglish.data.tokenizers import Tokenizer
-from imglish.evaluation.rerank import pair_scores
+from imglish.evaluation.explain import Explanation, explain
 from imglish.generation.config import CAPTIONS
 from imglish.generation.config import GenerationConfig as GenerationConfig
 from imglish.generation.engine import Caption as Caption
@@ -110,7 +110,27 @@ class Model:
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised features ``(N, E)``; ``encode_images(...) @ encode_texts(...).T`` are the cosines."""
         require(self.network, EncodesTexts, "encode_texts")
-        return self._encode_texts(texts).features.cpu()
+        return self.read_texts(texts).features.cpu()
+
+    def read_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Features on the model's device and, for a fusion tower, the states of all tokens."""
+        if isinstance(texts, str):
+            raise TypeError("expected a list of texts, not one text")
+        encode = text_encoder(self.network, "reading texts")
+        if not texts:
+            raise ValueError("there are no texts")
+        parts = []
+        with torch.no_grad():
+            for low in range(0, len(texts), BATCH):
+                batch = TextBatch.of(self.tokenizer.encode(list(texts[low : low + BATCH])))
+                parts.append(encode(batch.to(self.device)))
+        segments = parts[0].segments
+        for part in parts[1:]:
+            segments = segments + part.segments
+        rows = [part.rows for part in parts if part.rows is not None]
+        return EncodedTexts(
+            torch.cat([part.features.float() for part in parts]), segments, torch.cat(rows) if rows else None
+        )
 
     def gallery(self, pictures: Sequence[Picture], keep_tokens: bool = True) -> Gallery:
         """Encode pictures once, to rank them for many texts; ``keep_tokens``: also what reranking needs."""
@@ -135,7 +155,7 @@ class Model:
         Raises ``MissingCapabilityError`` for a model without one; a :class:`Gallery` needs its tokens.
         """
         gallery = self._as_gallery(pictures)
-        encoded = self._encode_texts(texts)
+        encoded = self.read_texts(texts)
         logits = self._logits(gallery, range(len(gallery)), encoded)
         return logits.softmax(-1)[..., 1]
 
@@ -145,11 +165,11 @@ class Model:
         """The ``top`` pictures for a text, best first.
 
         The towers propose the first ``rerank`` pictures (default: the larger of 32 and ``top``; 0: towers only), the
-        fusion tower, where the model has one, orders them by the checkpoint's score rule. A model without towers reads
-        all pictures.
+        fusion tower, where the model has one, orders them by their match probability (by the difference of its logits,
+        which does not saturate). A model without towers reads all pictures.
         """
         gallery = self._as_gallery(pictures)
-        encoded = self._encode_texts([text])
+        encoded = self.read_texts([text])
         cosine = gallery.features @ encoded.features[0].float().cpu()
         order = cosine.argsort(descending=True, stable=True).tolist()
         wanted = max(32, top) if rerank is None else rerank
@@ -158,8 +178,7 @@ class Model:
         if self.matches and self.score_rule != "itc" and wanted > 0:
             first = order[:wanted]
             logits = self._logits(gallery, first, encoded)[:, 0]
-            rule: Any = self.score_rule
-            best = pair_scores(logits, cosine[first], rule).argsort(descending=True, stable=True).tolist()
+            best = (logits[:, 1] - logits[:, 0]).argsort(descending=True, stable=True).tolist()
             probability = dict(zip(first, logits.softmax(-1)[:, 1].tolist()))
             order = [first[i] for i in best] + order[wanted:]
         return [Found(i, gallery.pictures[i], float(cosine[i]), probability.get(i)) for i in order[:top]]
@@ -206,6 +225,14 @@ class Model:
             arithmetic=lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=half),
         )
 
+    def explain(self, picture: Picture, text: str, layer: int | None = None) -> Explanation:
+        """Where in the picture the model finds the text and each of its words: see :mod:`imglish.evaluation.explain`.
+
+        layer: of the fusion's cross-attention (default: the middle one). Raises ``MissingCapabilityError`` for a model
+        of which nothing can be shown.
+        """
+        return explain(self.network, self.tokenizer, self._pixels(picture), text, layer)
+
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def _pixels(self, picture: Picture) -> PictureForm:
@@ -218,25 +245,6 @@ class Model:
 
     def _as_gallery(self, pictures: Sequence[Picture] | Gallery) -> Gallery:
         return pictures if isinstance(pictures, Gallery) else self.gallery(pictures)
-
-    def _encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        if isinstance(texts, str):
-            raise TypeError("expected a list of texts, not one text")
-        encode = text_encoder(self.network, "reading texts")
-        if not texts:
-            raise ValueError("there are no texts")
-        parts = []
-        with torch.no_grad():
-            for low in range(0, len(texts), BATCH):
-                batch = TextBatch.of(self.tokenizer.encode(list(texts[low : low + BATCH])))
-                parts.append(encode(batch.to(self.device)))
-        segments = parts[0].segments
-        for part in parts[1:]:
-            segments = segments + part.segments
-        rows = [part.rows for part in parts if part.rows is not None]
-        return EncodedTexts(
-            torch.cat([part.features.float() for part in parts]), segments, torch.cat(rows) if rows else None
-        )
 
     def _logits(self, gallery: Gallery, chosen: Sequence[int], texts: EncodedTexts) -> Tensor:
         """ITM logits ``(len(chosen), T, 2)`` on the CPU: each picture's keys and values are projected once."""

@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "train": ("imglish.cli.train", "train a model by a recipe; the same command resumes a run that was stopped"),
     "eval": ("imglish.cli.evaluate", "measure a checkpoint: retrieval, captioning and other tasks"),
+    "explain": ("imglish.cli.explain", "show where in a picture a model finds the words of a text"),
     "caption": ("imglish.cli.caption", "write captions for pictures: files, folders, data of any layout"),
     "score": ("imglish.cli.score", "how well captions fit their pictures, for all pairs of a source"),
     "filter": ("imglish.cli.filter", "choose pairs by their scores, and say why"),

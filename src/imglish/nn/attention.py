@@ -87,6 +87,24 @@ def attend(
     return out_NLHd.flatten(0, 1)[q_segments.slots(device)]
 
 
+def attention_weights(
+    q_THd: Tensor, k_SHd: Tensor, q_segments: Segments, k_segments: Segments, bias: Tensor | None = None
+) -> Tensor:
+    """The weights by which :func:`attend` mixes, for whoever wants to see them: ``(N, heads, Q, K)`` for the longest
+    query and key sequence, zero for keys that are not there (queries that are not there look at all keys alike)."""
+    mask = None if k_segments.uniform else k_segments.valid(q_THd.device)[:, None, None, :]
+    scores = _sequences(q_THd, q_segments) @ _sequences(k_SHd, k_segments).transpose(2, 3) / math.sqrt(q_THd.shape[2])
+    if bias is not None:
+        scores = scores + bias[None]
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(3)
+
+
+def mix(weights_NHQK: Tensor, v_SHd: Tensor, q_segments: Segments, k_segments: Segments) -> Tensor:
+    """What :func:`attend` gives for these weights: ``(T, heads, head_dim)`` rows of ``q_segments``."""
+    out = (weights_NHQK @ _sequences(v_SHd, k_segments)).transpose(1, 2).flatten(0, 1)
+    return out if q_segments.uniform else out[q_segments.slots(out.device)]
+
+
 def _biased(bias: Tensor, mask: Tensor | None, q_segments: Segments, q_positions: Tensor | None) -> Tensor:
     """Scores to add: ``bias`` at the rows of the queries, minus infinity where ``mask`` says that no key is."""
     scores = bias[None]
