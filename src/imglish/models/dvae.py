@@ -52,6 +52,11 @@ class DVaeConfig:
         """Side in pixels of the square that one code stands for."""
         return int(2 ** (self.groups - 1))
 
+    @property
+    def grid(self) -> int:
+        """Codes a side of the picture."""
+        return self.image.size // self.cell
+
     def __post_init__(self) -> None:
         if self.width % 4:
             raise ValueError(f"width is {self.width}; blocks are a quarter as wide inside, so give a multiple of 4")

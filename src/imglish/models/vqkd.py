@@ -153,7 +153,8 @@ class VqKd(nn.Module):
         vectors = self.encode(batch.images)
         chosen = self.nearest(vectors)
         codes = self.codebook[chosen]
-        teacher.remember(vectors.detach(), chosen)
+        if self.training:
+            teacher.remember(vectors.detach(), chosen)
         through = vectors + (codes - vectors).detach()
         target = teacher.features(batch.images)
         return {
