@@ -166,8 +166,8 @@ def _rollout(model: nn.Module, pictures: Pictures, texts: TextBatch) -> TokenMap
 
 
 def tower_maps(model: nn.Module, pictures: Pictures, texts: TextBatch) -> TokenMaps:
-    """Maps of whole texts by the towers' cosine, whatever else the model has. ``MissingCapabilityError`` where the tower
-    of the pictures does not end with a class token that looks at patches."""
+    """Maps of whole texts by the towers' cosine, whatever else the model has. ``MissingCapabilityError`` where the
+    tower of the pictures does not end with a class token that looks at patches."""
     if not has_towers(model):
         raise MissingCapabilityError(f"{type(model).__name__} neither matches pairs nor compares their features")
     with torch.no_grad():
