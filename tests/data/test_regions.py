@@ -78,7 +78,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, path: Path) -> None:
 
 
 def _recipe(output: Path, regions: Path | None, **groups: Any) -> Recipe:
-    data = {"regions": None if regions is None else str(regions)}
+    untouched = {"crop": None, "flip": False}
+    data = untouched | {"regions": None if regions is None else str(regions)} | groups.pop("data", {})
     made = recipe(output, "albef", **({"data": data, "tokenizer": {"append_sep": True}} | groups))
     image = {"features": FEATURES}
     return replace(made, model={"name": "vilt-regions", "image": image, "width": 32, "depth": 2, "heads": 2})
@@ -137,3 +138,21 @@ def test_a_missing_region_file_stops_before_any_work(tmp_path: Path) -> None:
         train(_recipe(tmp_path / "run", None), records())
     with pytest.raises(SettingsError, match="does not exist"):
         train(_recipe(tmp_path / "run", tmp_path / "none"), records())
+
+
+@pytest.mark.parametrize(("setting", "value"), [("crop", 0.5), ("flip", True), ("augment", "vilt")])
+def test_what_cannot_be_done_to_regions_is_refused(tmp_path: Path, path: Path, setting: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"data\.{setting}: regions of a detector are read as they are"):
+        train(_recipe(tmp_path / "run", path, data={setting: value}), records())
+
+
+def test_file_and_model_have_to_fit(tmp_path: Path, path: Path) -> None:
+    settings = _recipe(tmp_path / "run", path)
+    wider = replace(settings, model=settings.model | {"image": {"features": 7}})
+    with pytest.raises(SettingsError, match=r"data\.regions: .*12 numbers a region, .*model\.image\.features=12"):
+        train(wider, records())
+    with pytest.raises(SettingsError, match=r"data\.regions: a model of family albef with pixels reads no regions"):
+        train(recipe(tmp_path / "run", "albef", data={"regions": str(path)}), records())
+    with pytest.raises(SettingsError, match=r"validation\.regions: this model reads the regions"):
+        train(settings, records(), records()[:4])
+    assert not (tmp_path / "run" / "log.jsonl").exists()

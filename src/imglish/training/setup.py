@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from imglish.checkpoints.native import CheckpointError, Loaded, load
+from imglish.checkpoints.loading import load_any
+from imglish.checkpoints.native import CheckpointError, Loaded
 from imglish.checkpoints.rules import ConversionError
-from imglish.checkpoints.transfer import transfer
+from imglish.checkpoints.transfer import resized, transfer
 from imglish.data.augment import policy
 from imglish.data.dataset import PairDataset
 from imglish.data.errors import DataError
@@ -24,16 +25,15 @@ from imglish.data.loader import Beside
 from imglish.data.masking import MaskConfig
 from imglish.data.mixgen import MixGen
 from imglish.data.records import Record
-from imglish.data.regions import RegionFile, RegionFileError
 from imglish.data.sources import Needs, SourceConfig, open_source
 from imglish.data.sources.base import digest
 from imglish.data.text import clean_caption, clean_record
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
-from imglish.models.vilt_pictures import RegionInput
 from imglish.models.vit import VisionTransformer
 from imglish.objectives.gather import rank, world_size
 from imglish.training.config import Recipe
+from imglish.training.regions import reads_regions, region_file
 from imglish.training.settings import SettingsError, fill
 
 
@@ -77,7 +77,7 @@ def gather_materials(
     is then used as it is. ``errors_file``: takes what cannot be used of the data."""
     base, loaded = base_config(recipe)
     needs: Needs = "pairs" if registry.reads_texts(base) else "images"
-    if isinstance(getattr(base, "image", None), RegionInput):
+    if reads_regions(base):
         needs = "names"
     if recipe.data.texts_only:
         needs = "texts"
@@ -102,6 +102,8 @@ def gather_materials(
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(resumed["tokenizer"]))
     elif loaded is not None:
         tokenizer = loaded.tokenizer
+        if base.max_length != loaded.config.max_length:
+            tokenizer = tokenizer.with_max_length(base.max_length)
     elif stage is not None and stage.words is not None and recipe.tokenizer.load is None:
         tokenizer = stage.words.with_max_length(base.max_length)
     else:
@@ -137,7 +139,7 @@ def base_config(recipe: Recipe) -> tuple[Any, Loaded | None]:
 
 def _exported(path: str, key: str) -> Loaded:
     try:
-        return load(path)
+        return load_any(path)
     except CheckpointError as error:
         raise SettingsError(key, str(error)) from error
 
@@ -232,8 +234,8 @@ def new_model(materials: Materials, seed: int) -> nn.Module:
     model = registry.build(materials.config)
     if materials.start is not None:
         try:
-            model.load_state_dict(materials.start.state_dict())
-        except RuntimeError as error:
+            model.load_state_dict(resized(materials.start, model).state)
+        except ConversionError as error:
             raise SettingsError("model.init", f"its weights do not fit the changed configuration: {error}") from error
     if materials.earlier is not None:
         try:
@@ -275,12 +277,13 @@ def _completed(tokenizer: Tokenizer, config: Any) -> Tokenizer:
         raise SettingsError("tokenizer.load", str(error)) from error
 
 
-def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
-    """The training records with the transforms, masks and wrong captions that model and recipe ask for."""
+def pair_dataset(recipe: Recipe, materials: Materials, held_out: bool = False) -> PairDataset:
+    """The training records with the transforms, masks and wrong captions that model and recipe ask for; ``held_out``:
+    those of the validation, the pictures whole and as they are."""
     data = recipe.data
-    crop = None if data.crop is None else (data.crop, 1.0)
-    transform = materials.config.image.transform(crop, data.flip)
-    regions = region_file(recipe, "data") if transform is None and not data.texts_only else None
+    crop = None if data.crop is None or held_out else (data.crop, 1.0)
+    transform = materials.config.image.transform(crop, data.flip and not held_out)
+    regions = None if data.texts_only else region_file(recipe, "validation" if held_out else "data", materials.config)
     # models without an MLM or MIM objective have no such settings
     masks, mim = getattr(materials.config, "mlm", False), getattr(materials.config, "mim", False)
     end = getattr(materials.config, "masks_end", False)
@@ -292,7 +295,7 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
         )
     try:
         return PairDataset(
-            materials.records,
+            materials.validation if held_out else materials.records,
             None if data.texts_only else transform,
             materials.words,
             captions=data.captions,
@@ -303,24 +306,13 @@ def pair_dataset(recipe: Recipe, materials: Materials) -> PairDataset:
             max_words=data.max_words,
             prompt=getattr(materials.config, "prompt", ""),
             swapped=data.swapped,
-            cache=data.cache,
+            cache=data.cache and not held_out,
             detail=data.decode,
-            augment=policy(data.augment, data.magnitude) if data.augment is not None else None,
+            augment=policy(data.augment, data.magnitude) if data.augment is not None and not held_out else None,
             regions=regions,
         )
     except ValueError as error:
         raise SettingsError("data", str(error)) from error
-
-
-def region_file(recipe: Recipe, group: Literal["data", "validation"]) -> RegionFile:
-    """The region file of the recipe's ``data`` or ``validation``, for a model that reads regions."""
-    path = recipe.data.regions if group == "data" else recipe.validation.regions
-    if path is None:
-        raise SettingsError(f"{group}.regions", "this model reads the regions of a detector: name a region file")
-    try:
-        return RegionFile(path)
-    except RegionFileError as error:
-        raise SettingsError(f"{group}.regions", str(error)) from error
 
 
 def mixtures(recipe: Recipe, materials: Materials) -> MixGen | None:

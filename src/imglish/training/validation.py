@@ -1,29 +1,63 @@
-"""Validation while training: retrieval on held-out pairs, and captions of their pictures."""
+"""Validation while training: retrieval on held-out pairs, or the objective itself on held-out data; captions."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
+from imglish.data.errors import Errors
 from imglish.data.regions import region_loader
 from imglish.data.sources.base import caption_counts
 from imglish.evaluation.captions import CaptioningConfig, CaptioningResult, evaluate_captioning
 from imglish.evaluation.encoding import Machine
-from imglish.evaluation.retrieval import RetrievalConfig, RetrievalResult, evaluate_retrieval, how_many
+from imglish.evaluation.retrieval import RetrievalConfig, evaluate_retrieval, how_many
 from imglish.generation.config import CAPTIONS
 from imglish.models.capabilities import Captions, Matches
 from imglish.training.config import Recipe
+from imglish.training.held_out import held_out
+from imglish.training.regions import region_file
 from imglish.training.settings import SettingsError
-from imglish.training.setup import Materials, region_file
+from imglish.training.setup import Materials, pair_dataset
 
 
-def validate(model: nn.Module, materials: Materials, recipe: Recipe) -> RetrievalResult:
-    """Recalls on the validation records, by all ranks together; reranked as the recipe says where the model can."""
-    load = None
-    if recipe.validation.regions is not None:
-        load = region_loader(region_file(recipe, "validation"))
-    return evaluate_retrieval(model, materials.tokenizer, materials.validation, _config(model, recipe), load)
+@dataclass(frozen=True)
+class Validated:
+    """What a validation found. entry: for the log; measure: what decides which one is better, ``r_mean`` (mean recall,
+    percent) or ``loss``; value: of it; text: for people."""
+
+    entry: dict[str, Any]
+    measure: str
+    value: float
+    text: str
+
+    def better(self, best: dict[str, Any]) -> bool:
+        """Than the best so far, empty for none."""
+        return not best or (self.value - best[self.measure]) * (1 if self.measure == "r_mean" else -1) > 0
+
+    def as_best(self, step: int) -> dict[str, Any]:
+        return {"step": step, self.measure: self.value, **self.entry}
+
+
+def validate(model: nn.Module, teacher: Any, materials: Materials, recipe: Recipe, errors: Errors) -> Validated:
+    """Recalls on the validation records, by all ranks together, reranked as the recipe says where the model can; or the
+    losses of training there, where nothing is trained that retrieval could show."""
+    if not _retrieves(materials, recipe):
+        dataset = pair_dataset(recipe, materials, held_out=True)
+        losses = held_out(model, teacher, dataset, recipe.compute.precision == "bf16", errors)
+        entry = {"losses": losses.losses, "metrics": losses.metrics}
+        return Validated(entry, "loss", losses.total, f"held out {losses.text()}")
+    regions = region_file(recipe, "validation", model.config)
+    load = None if regions is None else region_loader(regions)
+    found = evaluate_retrieval(model, materials.tokenizer, materials.validation, _config(model, recipe), load)
+    mean = found.best["r_mean"]
+    return Validated({"towers": found.towers, "reranked": found.reranked}, "r_mean", mean, f"mean recall {mean:.2f} %")
+
+
+def _retrieves(materials: Materials, recipe: Recipe) -> bool:
+    """Whether pictures and texts are aligned or matched by this training."""
+    return materials.words is not None and not recipe.data.texts_only and getattr(materials.config, "retrieves", True)
 
 
 def validate_captions(model: nn.Module, materials: Materials, recipe: Recipe, limit: int) -> CaptioningResult | None:
@@ -43,13 +77,18 @@ def check_validation(model: nn.Module, materials: Materials, recipe: Recipe) -> 
     """Raise :class:`SettingsError` where a validation could not be done, before any training."""
     if not materials.validation:
         return
+    region_file(recipe, "validation", materials.config)
+    if recipe.validation.captions and not isinstance(model, Captions):
+        raise SettingsError("validation.captions", f"{type(model).__name__} writes no captions; leave this setting out")
+    if not _retrieves(materials, recipe):
+        if recipe.validation.rerank:
+            raise SettingsError("validation.rerank", "this training aligns and matches nothing; leave this setting out")
+        return
     texts = int(caption_counts(materials.validation).sum())
     try:
         how_many(_config(model, recipe), len(materials.validation), texts, model, [])
     except ValueError as error:
         raise SettingsError("validation.limit", str(error)) from error
-    if recipe.validation.captions and not isinstance(model, Captions):
-        raise SettingsError("validation.captions", f"{type(model).__name__} writes no captions; leave this setting out")
 
 
 def _config(model: nn.Module, recipe: Recipe) -> RetrievalConfig:
