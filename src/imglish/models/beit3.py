@@ -74,6 +74,11 @@ class Beit3Config(MultiwayConfig):
         return self.objective == "mdm"
 
     @property
+    def retrieves(self) -> bool:
+        """Whether the objective aligns pictures and texts, so that recalls say what was learned."""
+        return self.objective == "itc"
+
+    @property
     def masks_end(self) -> bool:
         """Whether the closing token is masked and predicted too: how captions learn to end."""
         return self.objective == "captions"

@@ -37,7 +37,7 @@ def write_report(
     report = Report(f"Training of {name}", str(folder))
     report.facts(_facts(recipe, model, plan, steps, events))
     _alarms(report, events)
-    report.heading("Losses").charts(_loss_charts(steps))
+    report.heading("Losses").charts(_loss_charts(steps, [e for e in events if e["event"] == "validation"]))
     _validation(report, events)
     if written is not None:
         _captions(report, events, written, materials)
@@ -89,9 +89,14 @@ def _series(steps: Events, group: str) -> dict[str, list[tuple[float, float]]]:
     return series
 
 
-def _loss_charts(steps: Events) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    charts = {name: {name: points} for name, points in _series(steps, "losses").items()}
-    return charts | {name: {name: points} for name, points in _series(steps, "metrics").items()}
+def _loss_charts(steps: Events, held_out: Events) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """A chart for each loss and metric of training, with what validations found of it on held-out data."""
+    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for group in ("losses", "metrics"):
+        charts |= {name: {name: points} for name, points in _series(steps, group).items()}
+        for name, points in _series([event for event in held_out if group in event], group).items():
+            charts.setdefault(name, {})["held out"] = points
+    return charts
 
 
 def _course_charts(steps: Events) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -102,7 +107,7 @@ def _course_charts(steps: Events) -> dict[str, dict[str, list[tuple[float, float
 
 
 def _validation(report: Report, events: Events) -> None:
-    found = [event for event in events if event["event"] == "validation"]
+    found = [event for event in events if event["event"] == "validation" and "towers" in event]
     if not found:
         return
     rankings = [name for name in ("towers", "reranked") if any(event.get(name) for event in found)]

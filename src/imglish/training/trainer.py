@@ -62,7 +62,7 @@ SHOWN = 12  # pictures with captions in the report of a model that writes some
 @dataclass(frozen=True)
 class Result:
     """step: steps done; output: folder of the run; model: folder of the exported model, None when the run was stopped
-    before its end; best: step and recalls of the best validation, empty without one; stopped: name of the signal that
+    before its end; best: step and findings of the best validation, empty without one; stopped: name of the signal that
     stopped the run; events: everything that was logged (on the first process); signal: name of a signal that came,
     perhaps too late to stop the run."""
 
@@ -313,21 +313,19 @@ class Run:
         began = time.perf_counter()
         try:
             with self.stop.breakable(world_size() == 1):
-                found = validate(self._evaluated(), self.materials, self.recipe)
+                found = validate(self._evaluated(), self.teacher, self.materials, self.recipe, self.errors)
                 self.written = self._write_captions(self.recipe.validation.captions)
         except Interrupted:
             self.agreed_stop = True
             return
         self.validated = self.step
-        recalls = {"towers": found.towers, "reranked": found.reranked}
         captions = {} if self.written is None else {"captions": self.written.metrics}
-        self.journal.write("validation", self.step, epoch=self.plan.epochs(self.step), **recalls, **captions)
-        mean = found.best["r_mean"]
-        better = not self.best or mean > self.best["r_mean"]
+        self.journal.write("validation", self.step, epoch=self.plan.epochs(self.step), **found.entry, **captions)
+        better = found.better(self.best)
         cider = "" if self.written is None else f", CIDEr-D {self.written.metrics['cider']:.1f}"
-        self.journal.say(f"step {self.step}: mean recall {mean:.2f} %{', the best so far' * better}{cider}")
+        self.journal.say(f"step {self.step}: {found.text}{', the best so far' * better}{cider}")
         if better:
-            self.best = {"step": self.step, "r_mean": mean, **recalls}
+            self.best = found.as_best(self.step)
             if rank() == 0:
                 export(self.folder / "best", self._evaluated(), self.materials.words, self._provenance())
         self.interval.began += time.perf_counter() - began  # rates speak of training alone
