@@ -98,7 +98,7 @@ class Stage:
         shards: those of an earlier stage of the same source, in place of a new division.
         """
         pyarrow()
-        source = _absolute(source)
+        source = absolute(source)
         if (out / STAGE).exists():
             found = Stage.open(out)
             wanted: dict[str, Any] = {"kind": kind, "source": _plain(source), **settings}
@@ -232,7 +232,7 @@ class Stage:
         return arrow.concat_tables(tables)
 
 
-def _absolute(source: SourceConfig) -> SourceConfig:
+def absolute(source: SourceConfig) -> SourceConfig:
     """With paths that mean the same from any folder."""
     changes = {
         name: os.path.abspath(value)

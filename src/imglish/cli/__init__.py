@@ -8,11 +8,13 @@ from importlib import import_module
 
 COMMANDS = {
     "train": ("imglish.cli.train", "train a model by a recipe; the same command resumes a run that was stopped"),
+    "finetune": ("imglish.cli.finetune", "fine-tune a model for a task by a recipe: questions, statements, ..."),
     "eval": ("imglish.cli.evaluate", "measure a checkpoint: retrieval, captioning and other tasks"),
     "explain": ("imglish.cli.explain", "show where in a picture a model finds the words of a text"),
     "caption": ("imglish.cli.caption", "write captions for pictures: files, folders, data of any layout"),
     "score": ("imglish.cli.score", "how well captions fit their pictures, for all pairs of a source"),
     "filter": ("imglish.cli.filter", "choose pairs by their scores, and say why"),
+    "bootstrap": ("imglish.cli.bootstrap", "train, caption, score, filter and train again, as one recipe"),
     "convert": ("imglish.cli.convert", "read a released checkpoint and write it as a folder of this library"),
     "models": ("imglish.cli.models", "what can be trained, and which public checkpoints can be loaded"),
     "index": ("imglish.cli.index", "make an index of pictures for searching, and bring it up to date"),

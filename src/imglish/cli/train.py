@@ -25,13 +25,18 @@ SIGTERM and Ctrl-C finish the step, write a checkpoint and end with status 75; t
 
 def main(argv: Sequence[str]) -> int:
     """Status: 0 finished, 1 the run failed, 2 wrong settings, 75 stopped and can be continued."""
+    return run("imglish train", DESCRIPTION, argv)
+
+
+def run(command: str, description: str, argv: Sequence[str]) -> int:
+    """What `imglish train` and `imglish finetune` do."""
     parser = argparse.ArgumentParser(
-        "imglish train", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="YAML file of settings; docs/train.md explains them")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
     parser.add_argument("--check", action="store_true", help="check recipe, data and disk; do not train")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     import yaml
 
@@ -52,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
                 print("\n".join(check_stages(stages)))
                 return 0
             for result in train_stages(stages):
-                status = _say(result)
+                status = say(result)
                 if status:
                     return status
             return 0
@@ -63,15 +68,15 @@ def main(argv: Sequence[str]) -> int:
             return 0
         result = train(recipe)
     except (SettingsError, ResumeError) as error:
-        print(f"imglish train: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return 2
     except (CheckpointError, LossNotFinite, ImageError, DataError) as error:
-        print(f"imglish train: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return 1
-    return _say(result)
+    return say(result)
 
 
-def _say(result: Result) -> int:
+def say(result: Result) -> int:
     """Tell how a run ended; returns the status."""
     if result.stopped is not None:
         where = result.output / "checkpoints"

@@ -7,8 +7,8 @@
       texts: {model: {name: vlmo-small, start: images}, ...}
       pairs: {model: {name: vlmo-small, start: texts}, ...}
 
-``model.start``, ``model.init`` and ``targets`` may name an earlier stage, whose model is then meant. A stage that is null
-is left out (``stages.images=null stages.texts.model.start=runs/beit/model``).
+``model.start``, ``model.init`` and ``targets`` may name an earlier stage, whose model is then meant. A stage that is
+null is left out (``stages.images=null stages.texts.model.start=runs/beit/model``).
 """
 
 from __future__ import annotations
@@ -76,6 +76,38 @@ def read_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
 
 def stages_from(data: Mapping[str, Any]) -> list[Stage]:
     """Stages from nested mappings (YAML); mistakes raise :class:`SettingsError` naming the key and the fix."""
+    frame = frame_of(data)
+    found: list[Stage] = []
+    for name in frame.stages:
+        found.append(frame.stage(name, {stage.name: stage for stage in found}))
+    return found
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A recipe of stages as it was read. stages: settings by name, without those that are left out; names: all names;
+    shared: settings of all trainings; output: folder of the whole."""
+
+    stages: dict[str, dict[str, Any]]
+    names: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    output: Path
+
+    def folder(self, name: str) -> Path:
+        return self.output / f"{list(self.stages).index(name) + 1}-{name}"
+
+    def stage(self, name: str, earlier: Mapping[str, Stage]) -> Stage:
+        """The training called ``name``, which may use the models of ``earlier`` ones."""
+        merged = _merged(self.shared, self.stages[name]) | {"output": str(self.folder(name))}
+        try:
+            needs = _resolve(merged, earlier, self.names)
+            return Stage(name, recipe_from(merged), needs)
+        except SettingsError as error:
+            raise SettingsError(f"stages.{name}.{error.key}", str(error).removeprefix(f"{error.key}: ")) from error
+
+
+def frame_of(data: Mapping[str, Any]) -> Frame:
+    """What a recipe of stages holds, before the stages are read. Raises :class:`SettingsError`."""
     if unknown := sorted(set(data) - KEYS):
         raise SettingsError(unknown[0], f"a recipe of stages has {', '.join(sorted(KEYS))}; settings belong into those")
     stages, shared, output = data.get("stages"), data.get("shared") or {}, data.get("output")
@@ -85,21 +117,15 @@ def stages_from(data: Mapping[str, Any]) -> list[Stage]:
         raise SettingsError("output", "a folder is needed, each stage gets one in it")
     if not isinstance(shared, Mapping):
         raise SettingsError("shared", f"{shared!r} is not a group of settings")
-    found: list[Stage] = []
-    wanted = {name: settings for name, settings in stages.items() if settings is not None}
-    for number, (name, settings) in enumerate(wanted.items(), 1):
-        key = f"stages.{name}"
-        if not isinstance(settings, Mapping):
-            raise SettingsError(key, f"{settings!r} is not a group of settings")
-        if {"output"} & (set(settings) | set(shared)):
-            raise SettingsError(f"{key}.output", "every stage has its folder in the output of the whole recipe")
-        merged = _merged(shared, settings) | {"output": str(Path(output) / f"{number}-{name}")}
-        try:
-            needs = _resolve(merged, {stage.name: stage for stage in found}, stages)
-            found.append(Stage(str(name), recipe_from(merged), needs))
-        except SettingsError as error:
-            raise SettingsError(f"{key}.{error.key}", str(error).removeprefix(f"{error.key}: ")) from error
-    return found
+    wanted: dict[str, dict[str, Any]] = {}
+    for name, settings in stages.items():
+        if settings is not None and not isinstance(settings, Mapping):
+            raise SettingsError(f"stages.{name}", f"{settings!r} is not a group of settings")
+        if {"output"} & (set(settings or {}) | set(shared)):
+            raise SettingsError(f"stages.{name}.output", "every stage has its folder in the output of the whole recipe")
+        if settings is not None:
+            wanted[str(name)] = dict(settings)
+    return Frame(wanted, stages, shared, Path(output))
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,22 +164,31 @@ def train_stages(stages: Sequence[Stage]) -> Iterator[Result]:
     with process_group(pick_device(stages[0].recipe.compute.device)):
         for number, stage in enumerate(stages, 1):
             finished = stage.finished()
-            if world_size() > 1:
-                dist.barrier()  # all have looked before the first process changes the folder
-            if rank() == 0:
-                state = "finished before" if finished else f"in {stage.recipe.output}"
-                print(f"stage {number} of {len(stages)}, {stage.name}: {state}", flush=True)
+            announce(number, len(stages), stage.name, "finished before" if finished else f"in {stage.recipe.output}")
             if finished:
                 continue
-            result = train(stage.recipe)
-            late = torch.tensor(result.signal is not None, dtype=torch.int64)
-            if world_size() > 1:  # after this the first process has exported what the next stage begins with, too
-                dist.all_reduce(late, op=dist.ReduceOp.MAX)
-            if late and number < len(stages):
-                result = replace(result, stopped=result.stopped or result.signal or "a signal")
-            yield result
+            yield (result := train_stage(stage, last=number == len(stages)))
             if result.stopped is not None:
                 return
+
+
+def announce(number: int, count: int, name: str, state: str) -> None:
+    """Say which stage it is, once all processes have looked what its folder holds and before any changes it."""
+    if world_size() > 1:
+        dist.barrier()
+    if rank() == 0:
+        print(f"stage {number} of {count}, {name}: {state}", flush=True)
+
+
+def train_stage(stage: Stage, last: bool) -> Result:
+    """Train one stage. A signal that came too late to stop it counts as ``stopped`` where others come behind it."""
+    result = train(stage.recipe)
+    late = torch.tensor(result.signal is not None, dtype=torch.int64)
+    if world_size() > 1:  # after this the first process has exported what the next stage begins with, too
+        dist.all_reduce(late, op=dist.ReduceOp.MAX)
+    if late and not last:
+        result = replace(result, stopped=result.stopped or result.signal or "a signal")
+    return result
 
 
 def check_stages(stages: Sequence[Stage]) -> list[str]:

@@ -1,0 +1,130 @@
+"""Tables and curves of what :mod:`benchmarks.noise` measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.common import table
+from benchmarks.noise_scenes import ARMS, KINDS, PARTS
+
+MEASURES = {
+    "recall": ("towers, mean recall %", 1.0),
+    "itm other": ("ITM, other caption: AUC", 100.0),
+    "itm swapped": ("ITM, swapped colours: AUC", 100.0),
+    "true captions": ("true captions %", 100.0),
+    "things named": ("things named", 1.0),
+}
+
+
+def report(out: Path, plot: Path | None) -> None:
+    scenes = [json.loads(path.read_text()) for path in sorted((out / "results").glob("scenes-*.json"))]
+    flickr = [json.loads(path.read_text()) for path in sorted((out / "results").glob("flickr-*.json"))]
+    if not scenes and not flickr:
+        raise SystemExit(f"{out} holds no results; run scenes or flickr first")
+    rates = sorted({row["rate"] for row in scenes})
+    print(f"{len(scenes)} trainings on scenes, seeds {sorted({row['seed'] for row in scenes})}; mean ± deviation\n")
+    print(_arms(scenes, [(rate, arm) for rate in rates for arm in ARMS]))
+    print()
+    print(_arms(scenes, [(50, arm) for arm in ("raw", *PARTS)]))
+    print()
+    print(_filters([row for row in scenes if "filter" in row], rates))
+    print()
+    print(_flickr(flickr))
+    if plot is not None:
+        _plot(scenes, flickr, rates, plot)
+
+
+def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return "–"
+    made = scale * np.array(values)
+    return f"{made.mean():.{digits}f} ± {made.std(ddof=1) if len(made) > 1 else float('nan'):.{digits}f}"
+
+
+def _of(rows: list[dict[str, Any]], rate: int, arm: str, name: str) -> list[float]:
+    return [row[name] for row in rows if row["rate"] == rate and row["arm"] == arm]
+
+
+def _arms(rows: list[dict[str, Any]], wanted: list[tuple[int, str]]) -> str:
+    lines = [
+        [f"{rate} %", arm, *(spread(_of(rows, rate, arm, name), scale) for name, (_, scale) in MEASURES.items())]
+        for rate, arm in wanted
+        if _of(rows, rate, arm, "recall")
+    ]
+    return table(["noise", "trained on", *(title for title, _ in MEASURES.values())], lines)
+
+
+def _filters(rows: list[dict[str, Any]], rates: list[int]) -> str:
+    facts: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "web kept %": lambda found: found["web kept"],
+        **{f"ITM AUC, {kind}": lambda found, kind=kind: found.get(f"itm {kind}") for kind in ("any", *KINDS)},  # type: ignore[misc]
+        "ITC AUC, any": lambda found: found.get("itc any"),
+        "synthetic kept %": lambda found: found["synthetic kept"],
+        "synthetic true %": lambda found: found["synthetic true"],
+        "true after filter %": lambda found: found["kept synthetic true"],
+    }
+    lines = []
+    for name, fact in facts.items():
+        cells = [[v for r in rows if r["rate"] == rate and (v := fact(r["filter"])) is not None] for rate in rates]
+        lines.append([name, *(spread(values, 100) for values in cells)])
+    return table(["filter at 0.5", *(f"{rate} % noise" for rate in rates)], lines)
+
+
+def _flickr(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        itm = row["itm"]
+        half = int(np.argmin(np.abs(np.array(itm["threshold"]) - 0.5)))
+        precision = itm["precision"][half]
+        lines.append(
+            [
+                f"{row['rate']} %",
+                row["trained"],
+                row["split"],
+                f"{row['pairs']:,}",
+                f"{100 * itm['auc']:.1f}",
+                f"{100 * row['itc']['auc']:.1f}",
+                "–" if precision is None else f"{100 * precision:.1f}",
+                f"{100 * itm['recall'][half]:.1f}",
+            ]
+        )
+    headers = ["shuffled", "trained on", "scored", "pairs", "AUC ITM", "AUC ITC", "precision at 0.5", "recall at 0.5"]
+    return table(headers, lines)
+
+
+def _plot(scenes: list[dict[str, Any]], flickr: list[dict[str, Any]], rates: list[int], path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for place, name in enumerate(("recall", "true captions")):
+        title, scale = MEASURES[name]
+        for shift, arm in enumerate(ARMS):
+            found = [(rate, scale * np.array(values)) for rate in rates if (values := _of(scenes, rate, arm, name))]
+            axes[place].errorbar(
+                [rate + shift - 1.5 for rate, _ in found],
+                [values.mean() for _, values in found],
+                [values.std(ddof=1) if len(values) > 1 else 0.0 for _, values in found],
+                fmt="o-",
+                capsize=3,
+                label=arm,
+            )
+        axes[place].set(xlabel="noisy captions, %", ylabel=title, title="scenes", xticks=rates)
+    axes[0].legend(fontsize=8)
+    for row in flickr:
+        if row["split"] == "val" or row["trained"] == "noisy":
+            for name, style in (("itm", "-"), ("itc", ":")):
+                points = [(r, p) for r, p in zip(row[name]["recall"], row[name]["precision"]) if p is not None]
+                label = f"{row['rate']} %, {row['trained']} model, {row['split']}" if name == "itm" else None
+                colour = f"C{flickr.index(row)}"
+                axes[2].plot([r for r, _ in points], [p for _, p in points], style, color=colour, label=label)
+    axes[2].set(xlabel="recall of right captions", ylabel="precision", title="Flickr8k shuffled: ITM —, ITC ···")
+    axes[2].legend(fontsize=7)
+    for one in axes:
+        one.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
