@@ -90,8 +90,10 @@ def test_rank_reorders_what_the_towers_propose(albef: imglish.Model, photos: lis
     assert [f.index for f in found[3:]] == [f.index for f in towers[3:]]
     assert [f.score for f in found[:3]] == pytest.approx([match[f.index].item() for f in found[:3]], abs=1e-5)
     rule = albef.gallery(photos)
-    logits = albef._logits(rule, [f.index for f in found[:3]], albef._encode_texts(TEXTS[:1]))[:, 0, 1]
-    assert logits.tolist() == sorted(logits.tolist(), reverse=True)  # "itm": ordered by the raw logit
+    logits = albef._logits(rule, [f.index for f in found[:3]], albef.read_texts(TEXTS[:1]))[:, 0]
+    margins = (logits[:, 1] - logits[:, 0]).tolist()
+    assert albef.score_rule == "itm"  # and yet what stands higher never has a smaller probability
+    assert margins == sorted(margins, reverse=True)
     assert found[0].picture == photos[found[0].index]
     assert len(albef.rank(TEXTS[0], gallery, top=2)) == 2
 

@@ -17,7 +17,7 @@ from imglish.evaluation.encoding import Machine
 from imglish.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from imglish.nn.segments import Ragged, Segments
 from imglish.search import manifest as manifests
-from imglish.search.calibration import calibrate, calibration_error, fit, probabilities
+from imglish.search.calibration import calibrate, calibration_error, fit, margins
 from imglish.search.engine import Index
 from imglish.search.filters import FilterError
 from imglish.search.indexing import IndexConfig, index_records, prepare
@@ -210,7 +210,8 @@ def test_calibration_makes_probabilities_frequencies() -> None:
     assert slope == pytest.approx(0.5, abs=0.05)
     assert offset == pytest.approx(-2, abs=0.15)
     plain = 1 / (1 + np.exp(-margin))
-    fitted = probabilities(torch.tensor(margin), Calibration(slope, offset, 1, 1, "", 0, 0)).numpy()
+    logits = torch.stack([torch.zeros(len(margin)), torch.tensor(margin)], dim=1)
+    fitted = margins(logits, Calibration(slope, offset, 1, 1, "", 0, 0)).sigmoid().numpy()
     assert calibration_error(fitted, right) < 0.03 < calibration_error(plain, right)
     slope, _ = fit(np.array([-1.0, 1.0]), np.array([False, True]))  # separable
     assert 0 < slope < 10

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from imglish.search.filters import FilterError, accepts, parse
 from imglish.search.lance import LanceStore
+from imglish.search.qdrant import QdrantStore
+from imglish.search.qdrant_lease import Lease
+from imglish.search.qdrant_rows import point_id
 from imglish.search.store import COLUMNS, Row, Store, StoreError, open_store
 from tests.search.samples import rows
 
+pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact")  # Qdrant's client's local form
 FILTERS = [
     'path starts "a/it\'s 1" and not tag = one',
     "caption contains 'red DOG'",
@@ -32,7 +38,16 @@ def _lance(folder: Path) -> Store:
     return open_store(str(folder / "index"), 16)
 
 
-@pytest.fixture(params=[_lance], ids=["lance"])
+def _qdrant(folder: Path) -> Store:
+    """In the client's local form, which keeps to the server's answers; its files are opened once a process."""
+    models = pytest.importorskip("qdrant_client", reason="needs the extra qdrant")
+    return QdrantStore.open(QDRANT, 16, models.QdrantClient(path=str(folder / "qdrant")))
+
+
+QDRANT = "qdrant+http://localhost:6333/photos"
+
+
+@pytest.fixture(params=[_lance, _qdrant], ids=["lance", "qdrant"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     make: Callable[[Path], Store] = request.param
     return make(tmp_path)
@@ -181,6 +196,68 @@ def test_the_second_writer_waits_or_is_refused(tmp_path: Path) -> None:
         timer.start()
     with two.writing(wait=5):
         two.upsert(rows(0, 1))
+
+
+def test_qdrant_is_opened_again_and_refuses_what_is_no_index(tmp_path: Path) -> None:
+    first = _qdrant(tmp_path)
+    client: Any = first._client  # type: ignore[attr-defined]
+    first.upsert(rows(0, 9))
+    again = QdrantStore.open(QDRANT, client=client)
+    assert (again.count(), again.dimension) == (9, 16)
+    assert again.version == first.version > 0
+    with pytest.raises(StoreError, match="16 numbers, the model gives 8"):
+        QdrantStore.open(QDRANT, 8, client)
+    with pytest.raises(StoreError, match="there is no index"):
+        QdrantStore.open("qdrant+http://localhost:6333/nothing", client=client)
+    client.create_collection("foreign", vectors_config={})
+    with pytest.raises(StoreError, match="exists and is no index"):
+        QdrantStore.open("qdrant+http://localhost:6333/foreign", 16, client)
+    with pytest.raises(StoreError, match=r"qdrant\+http://HOST:PORT/NAME"):
+        open_store("qdrant+http://photos")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        nowhere = f"qdrant+http://127.0.0.1:{nobody.getsockname()[1]}/photos"
+        with pytest.raises(StoreError, match="cannot be reached") as caught:
+            open_store(nowhere)
+        assert nowhere in str(caught.value)
+
+
+def test_many_rows_are_sent_to_qdrant_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = _qdrant(tmp_path)
+    monkeypatch.setattr("imglish.search.qdrant.PART", 3000)
+    sent = []
+    upsert = store._client.upsert  # type: ignore[attr-defined]
+    monkeypatch.setattr(store._client, "upsert", lambda *given, **more: sent.append(given) or upsert(*given, **more))  # type: ignore[attr-defined]
+    store.upsert(rows(0, 40))
+    parts = [len(points) for name, points in sent if name == "photos"]
+    assert sum(parts) == 40
+    assert max(parts) < 20
+    assert store.count() == 40
+
+
+def test_one_writer_at_a_time_in_qdrant(tmp_path: Path) -> None:
+    store = _qdrant(tmp_path)
+    client: Any = store._client  # type: ignore[attr-defined]
+    other = QdrantStore.open(QDRANT, client=client)
+    with store.writing():
+        store.upsert(rows(0, 1))
+        with pytest.raises(StoreError, match=r"being written to by process \d+"), other.writing():
+            pass
+    with other.writing():
+        other.upsert(rows(1, 2))
+    killed = Lease(client, "photos-notes", "photos", seconds=0.3)
+    assert killed._take() == ""  # and is never heard of again
+    with pytest.raises(StoreError, match="process"), store.writing():
+        pass
+    with store.writing(wait=5):
+        store.upsert(rows(2, 3))
+        thief = Lease(client, "photos-notes", "photos")
+        client.delete("photos-notes", [point_id("writer")])  # as if this process had stood still
+        assert thief._take() == ""
+        store._lease._lost_to = store._lease._take()  # type: ignore[attr-defined]  # what its thread finds
+        with pytest.raises(StoreError, match="stood still"):
+            store.upsert(rows(3, 4))
+    assert store.count() == 3
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import base64
 import io
 import json
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
@@ -15,8 +18,6 @@ from tests.web import support
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from imglish.web import answers
-from imglish.web.answers import Query
 from imglish.web.app import create
 from imglish.web.guard import Settings
 
@@ -76,26 +77,29 @@ def test_no_good_match_is_an_answer(client: Any) -> None:
     assert answer["hits"] == []
 
 
-def test_a_batch_answers_as_single_searches(index: Index) -> None:
-    queries = [
-        Query("a red hat", k=5),
-        Query("a hat", k=3, offset=4),
-        Query("two blue shoes", k=4, where="path starts 'in/2'"),
-        Query("a bag", k=4, where="nonsense ="),
-        Query("a bag", not_text="a hat", k=4),
-        Query(image=support.drawing(4), k=4),
-    ]
-    index.store.searches.clear()  # type: ignore[attr-defined]
-    found = answers.first(index, queries)
-    assert 2 in index.store.searches  # type: ignore[attr-defined]  # two vectors in one pass
-    assert isinstance(found[3], ValueError)
-    for query, answer in zip(queries[:3] + queries[4:], found[:3] + found[4:], strict=True):
-        assert not isinstance(answer, Exception)
-        alone = answers.search(index, query, reranked=False)
-        assert [hit.key for hit in answer.hits] == [hit.key for hit in alone.hits]
-        assert [hit.rank for hit in answer.hits] == [hit.rank for hit in alone.hits]
-        assert (answer.total, answer.more) == (alone.total, alone.more)
-        np.testing.assert_allclose([h.cosine for h in answer.hits], [h.cosine for h in alone.hits], atol=1e-5)
+def test_what_waits_is_answered_together(index: Index) -> None:
+    app = create(index)
+    with support.closing(app) as client, ThreadPoolExecutor(8) as pool:
+        batcher, store = app.state.service.batcher, index.store
+        words = ["a red hat", "a hat", "a bag", "two blue shoes"]
+        with index._lock:  # the model is busy
+            busy = pool.submit(client.get, "/v1/search", params={"text": "nobody said this", "rerank": 0})
+            _until(lambda: not batcher.waiting and "imglish_batches_total 1" in app.state.service.metrics.text(0, 0))
+            sent = [pool.submit(client.get, "/v1/search", params={"text": text, "rerank": 0}) for text in words]
+            _until(lambda: batcher.waiting == 4)
+            store.searches.clear()  # type: ignore[attr-defined]
+        found = [one.result(30).json() for one in (busy, *sent)][1:]
+        assert store.searches == [1, 4]  # type: ignore[attr-defined]  # vectors in one pass
+        for text, answer in zip(words, found, strict=True):
+            assert _keys(answer) == [hit.key for hit in index.search(text, k=40, rerank=0).hits]
+
+
+def _until(true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
 
 
 def test_many_clients_at_once(client: Any) -> None:
@@ -118,6 +122,20 @@ def test_pictures_by_key(client: Any, index: Index) -> None:
     similar = client.get("/v1/picture/similar", params={"key": key, "k": 5}).json()
     assert [hit["key"] for hit in similar] == [hit.key for hit in index.similar(key, 5).hits]
     assert key not in [hit["key"] for hit in similar]
+
+
+def test_the_words_are_found_in_the_picture(client: Any, index: Index) -> None:
+    key, text = "in/4.jpg", "a red hat"
+    found = client.get("/v1/picture/explain", params={"key": key, "text": text}).json()
+    wanted, box = index.explain(key, text)
+    assert found["words"] == list(wanted.words)
+    assert (found["height"], found["width"]) == tuple(wanted.whole.shape)
+    assert found["box"] == list(box) == [0, 0, 1, 1]
+    for sent, heat in zip([*found["maps"], found["whole"]], [*wanted.maps, wanted.whole], strict=True):
+        highest = wanted.maps.max() if heat is not wanted.whole else wanted.whole.max()
+        levels = np.frombuffer(base64.b64decode(sent), np.uint8).reshape(heat.shape)
+        np.testing.assert_allclose(levels, heat.numpy() * 255 / float(highest), atol=0.51)
+    assert client.get("/v1/picture/explain", params={"key": key, "text": " "}).status_code == 400
 
 
 def test_a_lost_file_is_shown_small(client: Any, index: Index) -> None:

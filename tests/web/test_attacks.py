@@ -19,7 +19,13 @@ from imglish.web.app import create
 from imglish.web.guard import OPEN, Settings
 
 KEY = "correct horse battery"
-PATHS = ("/v1/picture", "/v1/picture/thumbnail", "/v1/picture/large", "/v1/picture/similar")
+PATHS = (
+    "/v1/picture",
+    "/v1/picture/thumbnail",
+    "/v1/picture/large",
+    "/v1/picture/similar",
+    "/v1/picture/explain",
+)
 
 
 @pytest.fixture
@@ -35,7 +41,7 @@ def locked(index: Index) -> Iterator[Any]:
 )
 def test_no_path_of_a_client_is_opened(client: Any, path: str, key: str, folder: Path) -> None:
     for asked in (key, str(folder / "secret.jpg"), str(folder / "photos/in/2.jpg")):
-        answer = client.get(path, params={"key": asked})
+        answer = client.get(path, params={"key": asked, "text": "a hat"})
         assert answer.status_code == 404
         assert str(folder) not in answer.text
 
@@ -224,8 +230,8 @@ def test_messages_do_not_name_files_of_the_server(client: Any, index: Index, fol
     kept, row = index.store.rows, index.store.rows["in/1.jpg"]  # type: ignore[attr-defined]
     kept["in/1.jpg"] = type(row)(**{**vars(row), "thumbnail": b""})
     try:
-        for path in ("/v1/picture/thumbnail", "/v1/picture/large"):
-            answer = client.get(path, params={"key": "in/1.jpg"})
+        for path in ("/v1/picture/thumbnail", "/v1/picture/large", "/v1/picture/explain"):
+            answer = client.get(path, params={"key": "in/1.jpg", "text": "a hat"})
             assert answer.status_code == 404
             assert str(folder) not in answer.text
         found = client.post("/v1/search/stream", data={"text": "a bag of hats", "rerank": 24})
@@ -240,7 +246,7 @@ def test_a_mistake_of_ours_is_not_explained(client: Any, index: Index, monkeypat
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("/home/someone/photos")
 
-    monkeypatch.setattr(index, "search", broken)
+    monkeypatch.setattr(index, "_recalled", broken)
     answer = client.get("/v1/search", params={"text": "a hat"})
     assert answer.status_code == 500
     assert "someone" not in answer.text

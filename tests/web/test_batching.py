@@ -16,17 +16,22 @@ class Slow:
         self.began, self.may_go = threading.Event(), threading.Event()
         self.seen: list[list[str] | str] = []
 
-    def first(self, queries: Sequence[str]) -> list[str | Exception]:
+    def first(self, queries: Sequence[str]) -> list[str]:
         self.seen.append(list(queries))
         self.began.set()
         assert self.may_go.wait(10)
-        return [ValueError(query) if query == "bad" else query.upper() for query in queries]
+        if "bad" in queries:
+            raise ValueError("bad")
+        return [query.upper() for query in queries]
 
-    def second(self, query: str) -> str:
-        self.seen.append(query)
-        if query == "bad":
-            raise ValueError(query)
-        return f"<{query}>"
+    def dear(self, query: str) -> Callable[[], str]:
+        def compute() -> str:
+            self.seen.append(query)
+            if query == "bad":
+                raise ValueError(query)
+            return f"<{query}>"
+
+        return compute
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def make(slow: Slow) -> Iterator[Callable[..., Batcher[str, str]]]:
     made: list[Batcher[str, str]] = []
 
     def batcher(**more: int) -> Batcher[str, str]:
-        made.append(Batcher(slow.first, slow.second, **more))
+        made.append(Batcher(slow.first, **more))
         return made[-1]
 
     yield batcher
@@ -66,7 +71,7 @@ def test_what_comes_while_it_computes_is_one_batch(slow: Slow, make: Callable[..
 def test_first_answers_go_before_reranking(slow: Slow, make: Callable[..., Batcher[str, str]]) -> None:
     batcher = make()
     _busy(batcher, slow)
-    dear = [batcher.second("x"), batcher.second("y")]
+    dear = [batcher.alone(slow.dear("x")), batcher.alone(slow.dear("y"))]
     quick = batcher.first("a")
     slow.may_go.set()
     assert [future.result(10) for future in (quick, *dear)] == ["A", "<x>", "<y>"]
@@ -77,11 +82,12 @@ def test_a_full_queue_refuses(slow: Slow, make: Callable[..., Batcher[str, str]]
     batcher = make(waiting=2)
     _busy(batcher, slow)
     batcher.first("a")
-    gone = batcher.second("b")
+    gone = batcher.alone(slow.dear("b"))
     assert batcher.waiting == 2
-    for submit in (batcher.first, batcher.second):
-        with pytest.raises(BusyError, match="2 searches wait"):
-            submit("c")
+    with pytest.raises(BusyError, match="2 searches wait"):
+        batcher.first("c")
+    with pytest.raises(BusyError, match="2 searches wait"):
+        batcher.alone(slow.dear("c"))
     gone.cancel()  # a client that went away leaves its place
     assert batcher.first("d") is not None
     slow.may_go.set()
@@ -90,8 +96,8 @@ def test_a_full_queue_refuses(slow: Slow, make: Callable[..., Batcher[str, str]]
 def test_what_is_cancelled_is_not_computed(slow: Slow, make: Callable[..., Batcher[str, str]]) -> None:
     batcher = make()
     _busy(batcher, slow)
-    batcher.second("x").cancel()
-    later = batcher.second("y")
+    batcher.alone(slow.dear("x")).cancel()
+    later = batcher.alone(slow.dear("y"))
     slow.may_go.set()
     assert later.result(10) == "<y>"
     assert "x" not in slow.seen
@@ -100,17 +106,27 @@ def test_what_is_cancelled_is_not_computed(slow: Slow, make: Callable[..., Batch
 def test_an_error_reaches_its_client_alone(slow: Slow, make: Callable[..., Batcher[str, str]]) -> None:
     batcher = make()
     slow.may_go.set()
-    for bad in (batcher.first("bad"), batcher.second("bad")):
+    for bad in (batcher.first("bad"), batcher.alone(slow.dear("bad"))):
         with pytest.raises(ValueError, match="bad"):
             bad.result(10)
     assert batcher.first("a").result(10) == "A"
     assert batcher.alive
 
 
+def test_a_query_that_fails_does_not_take_its_batch_along(slow: Slow, make: Callable[..., Batcher[str, str]]) -> None:
+    batcher = make()
+    _busy(batcher, slow)
+    one, bad, two = batcher.first("a"), batcher.first("bad"), batcher.first("b")
+    slow.may_go.set()
+    assert (one.result(10), two.result(10)) == ("A", "B")
+    with pytest.raises(ValueError, match="bad"):
+        bad.result(10)
+
+
 def test_closing_ends_what_waits(slow: Slow, make: Callable[..., Batcher[str, str]]) -> None:
     batcher = make()
     _busy(batcher, slow)
-    waits = batcher.second("x")
+    waits = batcher.alone(slow.dear("x"))
     threading.Timer(0.1, slow.may_go.set).start()
     batcher.close()
     assert not batcher.alive

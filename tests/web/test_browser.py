@@ -6,13 +6,13 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imglish.search import Index, Results
+from imglish.search import Index, Query, Results
 from tests.web import support
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -31,10 +31,10 @@ class Held(Index):
 
     may_rerank = threading.Event()
 
-    def search(self, *positional: Any, rerank: int = 40, **named: Any) -> Results:
-        if rerank:
+    def search_many(self, queries: Sequence[Query]) -> list[Results]:
+        if any(query.rerank for query in queries):
             assert self.may_rerank.wait(60)
-        return super().search(*positional, rerank=rerank, **named)
+        return super().search_many(queries)
 
 
 @pytest.fixture(scope="module")

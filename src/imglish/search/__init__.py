@@ -12,8 +12,9 @@ from imglish.search.engine import Index as Index
 from imglish.search.engine import open as open
 from imglish.search.filters import FilterError as FilterError
 from imglish.search.manifest import ManifestError as ManifestError
+from imglish.search.query import Query as Query
 from imglish.search.results import Results as Results
 from imglish.search.results import SearchHit as SearchHit
 from imglish.search.store import StoreError as StoreError
 
-__all__ = ["FilterError", "Index", "ManifestError", "Results", "SearchHit", "StoreError", "open"]
+__all__ = ["FilterError", "Index", "ManifestError", "Query", "Results", "SearchHit", "StoreError", "open"]

@@ -28,15 +28,12 @@ if TYPE_CHECKING:
 CANDIDATES = 20  # of each caption that take part
 BINS = 10
 LEAST = 20  # captions
-_EXTREME = 1e-6  # probabilities stay away from 0 and 1 by this much
 
 
-def probabilities(margin: Tensor, calibration: Calibration | None) -> Tensor:
-    """Match probabilities of logit differences (matched minus not), the plain ones without a calibration."""
-    margin = margin.float()
-    if calibration is not None:
-        margin = calibration.slope * margin + calibration.offset
-    return margin.sigmoid().clamp(_EXTREME, 1 - _EXTREME)
+def margins(logits: Tensor, calibration: Calibration | None) -> Tensor:
+    """Log-odds ``(...)`` float64 of a match, calibrated where there is a calibration, from ITM logits ``(..., 2)``."""
+    margin = (logits[..., 1] - logits[..., 0]).double()
+    return margin if calibration is None else calibration.slope * margin + calibration.offset
 
 
 def calibrate(

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
 from imglish.api import Model, Picture, load
-from imglish.data.batch import TextBatch
-from imglish.evaluation.rerank import pair_scores
+from imglish.data.images import ImageError, ImageTransform
+from imglish.evaluation.explain import Explanation, explain
 from imglish.models.capabilities import EncodedTexts, EncodesImages, EncodesTexts, Matches, require
-from imglish.nn.segments import Segments
 from imglish.search import manifest as manifests
-from imglish.search.calibration import probabilities
-from imglish.search.feeding import Feed, feed
-from imglish.search.filters import parse
+from imglish.search.feeding import Feed, feed, pixels
+from imglish.search.filters import Filter, parse
 from imglish.search.manifest import Manifest, ManifestError
 from imglish.search.originals import read_original
+from imglish.search.query import Query
+from imglish.search.ranking import Ranking, Recent, parted, rank_pictures
 from imglish.search.results import Results, SearchHit
 from imglish.search.store import Hit, Row, Store, StoreInfo, open_store
 
 AGAINST = 0.5  # how much of the negative words' features is taken off the query's
 MOST_RERANKED = 1000
 REMEMBERED = 256  # texts, and rankings, of the last searches
-T = TypeVar("T")
 
 
 def open(
@@ -67,8 +62,8 @@ class Index:
         require(model.network, EncodesTexts, "search")
         self.store, self.manifest, self.model, self.feed_from = store, manifest, model, feed_from
         self._lock = threading.Lock()
-        self._texts: _Recent[EncodedTexts] = _Recent(REMEMBERED)
-        self._rankings: _Recent[_Ranking] = _Recent(REMEMBERED)
+        self._texts: Recent[EncodedTexts] = Recent(REMEMBERED)
+        self._rankings: Recent[Ranking] = Recent(REMEMBERED)
 
     @property
     def reranks(self) -> bool:
@@ -87,55 +82,76 @@ class Index:
         offset: int = 0,
         exact: bool = False,
     ) -> Results:
-        """Pictures for a text, for a picture, or for both together, best first.
+        """Pictures for a text, for a picture, or for both together, best first; what to ask: :class:`Query`.
 
-        not_text: what they should not show; k, offset: which page; rerank: how many of the towers' first the fusion
-        tower orders by the text (0: none), they stand before all others; where: see :mod:`imglish.search.filters`;
-        min_match: leave out pictures whose match probability is below; those that were not reranked are left out too,
-        and without any left ``no_good_match`` is set; exact: no approximation in the recall of large indexes.
-
-        Raises ``FilterError``, ``ImageError`` (the query's picture), ``StoreError``, ``ValueError``.
+        With a ``min_match`` that no picture reaches, ``no_good_match`` is set. Raises ``FilterError``, ``ImageError``
+        (the query's picture), ``StoreError``, ``ValueError``.
         """
-        wish = self._checked(text, image, not_text, k, rerank, min_match, offset)
-        condition = parse(where)
-        rerank = min(rerank, MOST_RERANKED) if wish.text and self.reranks else 0
-        notes = [] if rerank or min_match is None else ["min_match needs reranking: it was not applied"]
-        began = time.perf_counter()
-        vector = self._vector(wish)
-        encoded = time.perf_counter()
-        needed = rerank if min_match is not None and rerank else max(offset + k + 1, rerank)
-        [hits] = self.store.search(vector[None].numpy(), needed, condition, exact)
-        recalled = time.perf_counter()
-        name = (wish.name, rerank, where, self.store.version)
-        ranking = self._rankings.get(name, lambda: self._rank(wish, hits[:rerank])) if rerank else _Ranking((), {})
-        if ranking.notes:
-            notes += ranking.notes
-        reranked = time.perf_counter()
-        lines = self._lines(hits, ranking, min_match if rerank else None)
-        page = self._described(lines[offset : offset + k])
-        return Results(
-            hits=tuple(page),
-            total=self.store.count(condition),
-            more=len(lines) > offset + k,
-            reranked=len(ranking.order),
-            calibrated=bool(ranking.order) and self.manifest.calibration is not None,
-            no_good_match=min_match is not None and rerank > 0 and not lines,
-            notes=tuple(notes),
-            seconds={
-                "encode": encoded - began,
-                "recall": recalled - encoded,
-                "rerank": reranked - recalled,
-                "describe": time.perf_counter() - reranked,
-            },
-        )
+        return self.search_many([Query(text, image, not_text, k, rerank, where, min_match, offset, exact)])[0]
+
+    def search_many(self, queries: Sequence[Query]) -> list[Results]:
+        """The answer to each of ``queries``, the same as alone (to rounding).
+
+        They share one pass of each tower; those with the same filter share one pass over the vectors; reranking is done
+        for one after the other, its pictures in one call. Raises as :meth:`search`, for all of them.
+        """
+        clock = _Clock()
+        texts = self._read([text for query in queries for text in query.texts])
+        vectors = self._vectors(queries, texts)
+        clock.stop("encode")
+        version = self.store.version
+        found, totals = self._recalled(queries, vectors)
+        clock.stop("recall")
+        rankings = [self._ranking(query, hits, texts, version) for query, hits in zip(queries, found)]
+        clock.stop("rerank")
+        lines = [
+            _places(hits, ranking, query.min_match if self._many(query) else None)
+            for query, hits, ranking in zip(queries, found, rankings)
+        ]
+        pages = self._described([line[query.offset : query.offset + query.k] for query, line in zip(queries, lines)])
+        clock.stop("describe")
+        answers = []
+        for query, ranking, line, page, total in zip(queries, rankings, lines, pages, totals):
+            asked = query.min_match is not None
+            ignored = ("min_match needs reranking: it was not applied",) if asked and not self._many(query) else ()
+            answers.append(
+                Results(
+                    hits=page,
+                    total=total,
+                    more=len(line) > query.offset + query.k,
+                    reranked=len(ranking.order),
+                    calibrated=bool(ranking.order) and self.manifest.calibration is not None,
+                    no_good_match=asked and not ignored and not line,
+                    notes=(*ignored, *ranking.notes),
+                    seconds=clock.seconds,
+                )
+            )
+        return answers
+
+    def explain(self, key: str, text: str) -> tuple[Explanation, tuple[float, ...]]:
+        """Where in the picture ``key`` the model finds each word of ``text`` (:mod:`imglish.evaluation.explain`), and
+        which part of the picture it saw: left, upper, right, lower as shares of its sides.
+
+        Raises ``KeyError``, ``ImageError``, and ``MissingCapabilityError`` for a model of which nothing can be shown.
+        """
+        [row] = self._rows([key], ("width", "height"))
+        [picture] = pixels(self.store, [key], self.model, "auto" if self.feed_from == "tokens" else self.feed_from)
+        if isinstance(picture, ImageError):
+            raise picture
+        transform, box = self.model.config.image.transform(), (0.0, 0.0, 1.0, 1.0)
+        if isinstance(transform, ImageTransform) and row.width and row.height:
+            left, upper, right, lower = transform.box(row.width, row.height, None)
+            box = (left / row.width, upper / row.height, right / row.width, lower / row.height)
+        with self._lock:
+            return explain(self.model.network, self.model.tokenizer, picture, text), box
 
     def similar(self, key: str, k: int = 20, where: str | None = None, offset: int = 0) -> Results:
         """Pictures that look like the one called ``key``, itself left out. Raises ``KeyError``."""
         [row] = self._rows([key], (), vectors=True)
         condition = parse(where)
         [hits] = self.store.search(row.vector.astype("float32")[None], offset + k + 2, condition)
-        lines = self._lines([hit for hit in hits if hit.key != key], _Ranking((), {}), None)
-        page = tuple(self._described(lines[offset : offset + k]))
+        lines = _places([hit for hit in hits if hit.key != key], Ranking())
+        [page] = self._described([lines[offset : offset + k]])
         return Results(page, self.store.count(condition), more=len(lines) > offset + k)
 
     def get(self, key: str) -> Row:
@@ -158,104 +174,91 @@ class Index:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _checked(
-        text: str | None,
-        image: Picture | None,
-        not_text: str | None,
-        k: int,
-        rerank: int,
-        min_match: float | None,
-        offset: int,
-    ) -> _Wish:
-        text = (text or "").strip() or None
-        if text is None and image is None:
-            raise ValueError("nothing to search for: give a text, a picture, or both")
-        if k < 1 or offset < 0 or rerank < 0:
-            raise ValueError(f"k is {k}, offset {offset}, rerank {rerank}: expected k from 1, the others from 0")
-        if min_match is not None and not 0 <= min_match <= 1:
-            raise ValueError(f"min_match is {min_match}: it is a probability, 0..1")
-        return _Wish(text, image, (not_text or "").strip() or None)
+    def _many(self, query: Query) -> int:
+        """How many pictures the fusion tower looks at."""
+        return min(query.rerank, MOST_RERANKED) if query.text is not None and self.reranks else 0
 
-    def _vector(self, wish: _Wish) -> Tensor:
-        """The query of the towers ``(E,)`` float32 on the host."""
-        parts = []
-        if wish.text is not None:
-            parts.append(self._text(wish.text).features[0].float().cpu())
-        if wish.image is not None:
+    def _read(self, texts: Sequence[str]) -> dict[str, EncodedTexts]:
+        """What the text tower makes of each; those of the last searches are remembered."""
+        held = {text: self._texts.get(text) for text in texts}
+        if missing := [text for text, known in held.items() if known is None]:
             with self._lock:
-                parts.append(self.model.encode_images([wish.image])[0])
-        vector = parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).sum(0), dim=0)
-        if wish.not_text is not None:
-            vector = vector - AGAINST * self._text(wish.not_text).features[0].float().cpu()
-        return vector
+                encoded = self.model.read_texts(missing)
+            for text, one in zip(missing, parted(encoded), strict=True):
+                held[text] = one
+                self._texts.put(text, one)
+        return {text: one for text, one in held.items() if one is not None}
 
-    def _text(self, text: str) -> EncodedTexts:
-        def encode() -> EncodedTexts:
-            batch = TextBatch.of(self.model.tokenizer.encode([text])).to(self.model.device)
-            network: Any = self.model.network
-            with self._lock, torch.no_grad():
-                found: EncodedTexts = network.encode_texts(batch)
-            return found
+    def _vectors(self, queries: Sequence[Query], texts: Mapping[str, EncodedTexts]) -> np.ndarray:
+        """The queries of the towers ``(Q, E)`` float32."""
+        pictures = [query.image for query in queries if query.image is not None]
+        with self._lock:
+            features = iter(self.model.encode_images(pictures) if pictures else ())
+        vectors = []
+        for query in queries:
+            parts = [texts[query.text].features[0].float().cpu()] if query.text is not None else []
+            if query.image is not None:
+                parts.append(next(features))
+            vector = parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).sum(0), dim=0)
+            if query.not_text is not None:
+                vector = vector - AGAINST * texts[query.not_text].features[0].float().cpu()
+            vectors.append(vector.numpy())
+        return np.stack(vectors) if vectors else np.zeros((0, self.store.dimension), np.float32)
 
-        return self._texts.get(text, encode)
+    def _recalled(self, queries: Sequence[Query], vectors: np.ndarray) -> tuple[list[list[Hit]], list[int]]:
+        """What the towers find for each query, and how many pictures its filter lets through."""
+        needed = [self._many(query) for query in queries]
+        for i, query in enumerate(queries):
+            if not needed[i] or query.min_match is None:  # otherwise nothing but what was looked at is shown
+                needed[i] = max(query.offset + query.k + 1, needed[i])
+        together: dict[tuple[Filter | None, bool], list[int]] = {}
+        for i, query in enumerate(queries):
+            together.setdefault((query.condition, query.exact), []).append(i)
+        found: list[list[Hit]] = [[] for _ in queries]
+        totals = [0] * len(queries)
+        for (condition, exact), members in together.items():
+            most = max(needed[i] for i in members)
+            total = self.store.count(condition)
+            for i, hits in zip(members, self.store.search(vectors[members], most, condition, exact), strict=True):
+                found[i], totals[i] = hits[: needed[i]], total
+        return found, totals
 
-    def _rank(self, wish: _Wish, hits: Sequence[Hit]) -> _Ranking:
-        """The order in which the fusion tower puts ``hits``: each picture's keys and values are projected once, for the
-        words and the negative words together."""
-        assert wish.text is not None
+    def _ranking(self, query: Query, hits: Sequence[Hit], texts: Mapping[str, EncodedTexts], version: int) -> Ranking:
+        """The fusion tower's order of the first of ``hits``; remembered, so that a next page asks nothing again."""
+        hits = hits[: self._many(query)]
         if not hits:
-            return _Ranking((), {})
-        keys, kept = [hit.key for hit in hits], bool(self.manifest.tokens)
+            return Ranking()
+        name = (query.name, len(hits), query.condition, query.exact, version)
+        ranking = self._rankings.get(name)
+        if ranking is None:
+            ranking = self._looked_at([hit.key for hit in hits], [texts[text] for text in query.texts])
+            self._rankings.put(name, ranking)
+        return ranking
+
+    def _looked_at(self, keys: Sequence[str], texts: Sequence[EncodedTexts]) -> Ranking:
+        kept = bool(self.manifest.tokens)
         tokens, readable, problems = feed(self.store, keys, self.model, self.feed_from, self._lock, kept)
-        notes = [f"{len(problems)} of the first {len(hits)} pictures cannot be read: {problems[0]}"] if problems else []
-        if not readable:
-            return _Ranking((), {}, notes)
-        texts = [self._text(one) for one in (wish.text, wish.not_text) if one is not None]
-        cosine = torch.tensor([hits[i].score for i in readable])
-        network: Any = self.model.network
-        count, n = len(readable), len(texts)
+        unread = f"{len(problems)} of the first {len(keys)} pictures cannot be read: "
+        notes = tuple(unread + problem for problem in problems[:1])
+        if tokens is None:
+            return Ranking(notes=notes)
         with self._lock, torch.no_grad():
-            memory = network.project_images(tokens)
-            pictures = [i for i in range(count) for _ in range(n)]
-            logits = network.match(memory, _joined(texts), pictures, list(range(n)) * count)
-        logits = logits.float().cpu().view(count, n, 2)
-        chances = probabilities(logits[..., 1] - logits[..., 0], self.manifest.calibration)
-        rule: Any = self.model.score_rule
-        score = pair_scores(logits[:, 0], cosine, rule)
-        if n == 2:  # the words, and not the others
-            score = chances[:, 0].log() + torch.log1p(-chances[:, 1])
-        best = score.argsort(descending=True, stable=True).tolist()
-        seen = {
-            hits[readable[i]].key: (float(chances[i, 0]), float(chances[i, 1]) if n == 2 else None)
-            for i in range(count)
-        }
-        return _Ranking(tuple(hits[readable[i]].key for i in best), seen, notes)
+            ranking = rank_pictures(
+                self.model.network, tokens, [keys[i] for i in readable], texts, self.manifest.calibration
+            )
+        return replace(ranking, notes=notes)
 
-    @staticmethod
-    def _lines(hits: Sequence[Hit], ranking: _Ranking, min_match: float | None) -> list[SearchHit]:
-        """All pictures in their final order; ``rank`` counts what is left after ``min_match``."""
-        before = {hit.key: place for place, hit in enumerate(hits, 1)}
-        cosine = {hit.key: hit.score for hit in hits}
-        order = [key for key in ranking.order if key in before]
-        order += [hit.key for hit in hits if hit.key not in ranking.seen]
-        if min_match is not None:
-            order = [key for key in order if ranking.chance(key) >= min_match]
+    def _described(self, pages: Sequence[Sequence[SearchHit]]) -> list[tuple[SearchHit, ...]]:
+        """With what a list shows of each picture; without those deleted by another process since they were found."""
+        rows = self.store.get(list(dict.fromkeys(line.key for page in pages for line in page)))
         return [
-            SearchHit(key, rank, before[key], cosine[key], *ranking.seen.get(key, (None, None)))
-            for rank, key in enumerate(order, 1)
+            tuple(
+                replace(line, **{name: getattr(rows[line.key], name) for name in _SHOWN})
+                for line in page
+                if line.key in rows
+            )
+            for page in pages
         ]
-
-    def _described(self, lines: Sequence[SearchHit]) -> list[SearchHit]:
-        rows = self.store.get([line.key for line in lines])
-        found = []
-        for line in lines:
-            row = rows.get(line.key)
-            if row is None:  # deleted by another process since it was found
-                continue
-            values = {name: getattr(row, name) for name in _SHOWN}
-            found.append(SearchHit(**{**_fields(line), **values}))
-        return found
 
     def _rows(self, keys: list[str], columns: Sequence[str], vectors: bool = False) -> list[Row]:
         rows = self.store.get(keys, ("key", *columns), vectors)
@@ -269,66 +272,27 @@ _SHOWN = ("captions", "date", "tags", "width", "height", "duplicate_of")
 _KNOWN = (*_SHOWN, "digest", "source", "place", "phash")
 
 
-def _fields(hit: SearchHit) -> dict[str, Any]:
-    return {name: getattr(hit, name) for name in SearchHit.__dataclass_fields__}
+def _places(hits: Sequence[Hit], ranking: Ranking, min_match: float | None = None) -> list[SearchHit]:
+    """All pictures in their final order; ``rank`` counts what is left after ``min_match``."""
+    before = {hit.key: place for place, hit in enumerate(hits, 1)}
+    cosine = {hit.key: hit.score for hit in hits}
+    order = [key for key in ranking.order if key in before]
+    order += [hit.key for hit in hits if hit.key not in ranking.seen]
+    if min_match is not None:
+        order = [key for key in order if ranking.match(key) >= min_match]
+    return [
+        SearchHit(key, rank, before[key], cosine[key], *ranking.seen.get(key, (None, None)))
+        for rank, key in enumerate(order, 1)
+    ]
 
 
-def _joined(texts: Sequence[EncodedTexts]) -> EncodedTexts:
-    rows = [text.rows for text in texts if text.rows is not None]
-    lengths = tuple(length for text in texts for length in text.segments.lengths)
-    return EncodedTexts(torch.cat([text.features for text in texts]), Segments(lengths), torch.cat(rows))
+class _Clock:
+    """Seconds of one part after the other."""
 
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
 
-def _name(picture: Picture) -> Hashable:
-    """A picture for the memory of rankings: a file by its path, else by its content."""
-    if isinstance(picture, (str, Path, bytes)):
-        return picture
-    if isinstance(picture, Image.Image):
-        return blake2b(picture.tobytes()).digest()
-    return id(picture)
-
-
-@dataclass(frozen=True)
-class _Wish:
-    text: str | None
-    image: Picture | None
-    not_text: str | None
-
-    @property
-    def name(self) -> Hashable:
-        """What rankings are remembered by."""
-        return (self.text, _name(self.image) if self.image is not None else None, self.not_text)
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """order: keys, best first; seen: of each its match probability and that of the negative words."""
-
-    order: tuple[str, ...]
-    seen: dict[str, tuple[float, float | None]]
-    notes: Sequence[str] = ()
-
-    def chance(self, key: str) -> float:
-        """What ``min_match`` cuts on: the words and not the others; below all for a picture not looked at."""
-        found, excluded = self.seen.get(key, (-1.0, None))
-        return found * (1 - excluded) if excluded is not None else found
-
-
-class _Recent(Generic[T]):
-    """The last ``most`` values by name."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._held: OrderedDict[Hashable, T] = OrderedDict()
-
-    def get(self, name: Hashable, make: Callable[[], T]) -> T:
-        with self._lock:
-            if name in self._held:
-                self._held.move_to_end(name)
-                return self._held[name]
-        value = make()
-        with self._lock:
-            self._held[name] = value
-            while len(self._held) > self._most:
-                self._held.popitem(last=False)
-        return value
+    def stop(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part], self._last = now - self._last, now

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from imglish.search.store import Hit
 
+EXACT_ROWS = 2_000_000  # of an index up to which every store compares with all
+FEW_ROWS = 200_000  # that a filter leaves of a larger one: then all of them are compared
 _ROWS = 2048  # that are made float32 at a time: they stay in the processor's cache
 _CHOSEN = 0.25  # of the rows: with fewer, a filter's rows are gathered
 

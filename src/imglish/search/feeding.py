@@ -48,6 +48,19 @@ def feed(
             ]
             kept = unpack([rows[keys[i]].tokens for i in readable]) if readable else None
             return _placed(kept, model), readable, problems
+    loaded = pixels(store, keys, model, feed_from)
+    readable = [i for i, picture in enumerate(loaded) if not isinstance(picture, ImageError)]
+    problems = [str(picture) for picture in loaded if isinstance(picture, ImageError)]
+    if not readable:
+        return None, [], problems
+    batch = stack([picture for picture in loaded if not isinstance(picture, ImageError)])
+    network: Any = model.network
+    with lock, torch.no_grad():
+        return network.encode_images(batch.to(model.device)).tokens, readable, problems
+
+
+def pixels(store: Store, keys: Sequence[str], model: Model, feed_from: Feed) -> list[Picture | ImageError]:
+    """The pictures as the model's transform makes them, or why they cannot be read; ``feed_from`` is not "tokens"."""
     rows = store.get(keys, ("key", *_COLUMNS[feed_from]))
     transform = model.config.image.transform()
 
@@ -58,15 +71,7 @@ def feed(
             return error
 
     with ThreadPoolExecutor(DECODERS) as pool:
-        loaded = list(pool.map(load, keys))
-    readable = [i for i, picture in enumerate(loaded) if not isinstance(picture, ImageError)]
-    problems = [str(picture) for picture in loaded if isinstance(picture, ImageError)]
-    if not readable:
-        return None, [], problems
-    batch = stack([picture for picture in loaded if not isinstance(picture, ImageError)])
-    network: Any = model.network
-    with lock, torch.no_grad():
-        return network.encode_images(batch.to(model.device)).tokens, readable, problems
+        return list(pool.map(load, keys))
 
 
 def _bytes(key: str, rows: dict[str, Row], feed_from: Feed) -> bytes:

@@ -1,8 +1,9 @@
 """An index as a LanceDB table: a folder, or a URL of object storage; nothing to start.
 
 Every change is a new version of the table, committed at once, so that readers see the old one or the new one. Vectors
-are searched exactly in memory (:mod:`imglish.search.exact`) up to :data:`EXACT_ROWS` rows; beyond these an index of
-Lance proposes candidates whose full vectors are compared, and a filter that leaves few rows is searched exactly.
+are searched exactly in memory (:mod:`imglish.search.exact`) up to :data:`~imglish.search.exact.EXACT_ROWS` rows; beyond
+these an index of Lance proposes candidates whose full vectors are compared, and a filter that leaves few rows is
+searched exactly.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ import numpy as np
 import torch
 
 from imglish import atomic
-from imglish.search.exact import Matrix
+from imglish.search.exact import EXACT_ROWS, FEW_ROWS, Matrix
 from imglish.search.filters import Both, Condition, Either, Filter, date_bounds
 from imglish.search.locks import writer_lock
 from imglish.search.store import CARD, COLUMNS, Hit, Row, StoreError, StoreInfo, missing_extra
 
 TABLE = "pictures"
 NOTES = "notes"
-EXACT_ROWS = 2_000_000
-FEW_ROWS = 200_000  # that a filter leaves: then all of them are compared
 PROBES = 0.5  # of the partitions, which approximate search reads
 REFINE = 20  # times k candidates, whose full vectors are compared, and at least
 LEAST_REFINED = 1000  # of them

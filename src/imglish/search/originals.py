@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from imglish.data.images import ImageError
+from imglish.data.images import MAX_FILE, ImageError
 from imglish.data.records import ImageSource
-from imglish.data.sources.files import MAX_FILE, Stat, StoredFile, allowed_roots, is_remote, status
+from imglish.data.sources.files import Stat, StoredFile, allowed_roots, is_remote, status
 from imglish.data.sources.pictures import EncodedPicture
 from imglish.data.sources.tars import Shard, TarPicture
 

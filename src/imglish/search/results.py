@@ -10,8 +10,8 @@ from typing import Any
 class SearchHit:
     """One picture of a list. rank, rank_before: its place, from 1, after and before reranking; cosine: dot product of
     the towers (with negative words or with words and a picture: of what they were combined to); match: the probability
-    that the words and the picture belong together, None where the fusion tower has not looked at it; excluded: the same
-    for the negative words."""
+    that the words and the picture belong together, with negative words P(words) (1 - P(not words)), None where the
+    fusion tower has not looked at it; what stands higher never has a smaller one; excluded: P(not words)."""
 
     key: str
     rank: int
@@ -37,7 +37,8 @@ class Results:
     """hits: the page that was asked for; total: how many pictures the filter lets through; more: whether there is a
     next page; reranked: how many pictures the fusion tower has looked at; calibrated: whether ``match`` is calibrated
     on held-out pairs; no_good_match: a ``min_match`` was asked for and no picture reaches it; notes: what the person
-    should know; seconds: wall clock of each part."""
+    should know; seconds: wall clock of each part, of all queries that were searched
+    together."""
 
     hits: tuple[SearchHit, ...]
     total: int

@@ -76,8 +76,8 @@ class StoreInfo:
 class Store(Protocol):
     """Rows by key, and the nearest of them by dot product.
 
-    Every change is atomic: after a kill the rows of a change are all there or none. Readers see one version at a time,
-    also while another process writes. All methods raise :class:`StoreError`.
+    Rows are whole or not there, also after a kill. In a folder this holds for all rows of a change together, and
+    readers see one version at a time while another process writes. All methods raise :class:`StoreError`.
     """
 
     url: str
@@ -124,7 +124,8 @@ class Store(Protocol):
 
     def writing(self, wait: float = 0.0) -> AbstractContextManager[None]:
         """The right to write, held while the block runs. One that is taken is waited for ``wait`` seconds, then refused
-        with a message that says who holds it. It ends with its process, also when that is killed."""
+        with a message that says who holds it. It ends with its process, also when that is killed (on a server half a
+        minute later)."""
         ...
 
     def note(self, name: str) -> str | None:
@@ -137,10 +138,14 @@ class Store(Protocol):
 
 
 def open_store(url: str, dimension: int | None = None) -> Store:
-    """The store at ``url``: a folder or a URL of object storage (LanceDB).
+    """The store at ``url``: a folder or a URL of object storage (LanceDB), or ``qdrant+http://HOST:PORT/NAME``.
 
     dimension: of the vectors; given, a store that is not there is made, else that is a :class:`StoreError`.
     """
+    if url.startswith("qdrant+"):
+        from imglish.search.qdrant import QdrantStore
+
+        return QdrantStore.open(url, dimension)
     from imglish.search.lance import LanceStore
 
     return LanceStore.open(url, dimension)

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
-import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import anyio
-import anyio.to_thread
-from fastapi import APIRouter, FastAPI, File, Form, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, File, Form, Request, Response, UploadFile
 from fastapi import Query as Parameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from imglish import __version__
-from imglish.data.images import ImageError
-from imglish.search import FilterError, Index, Results, StoreError
-from imglish.web import answers, pictures
-from imglish.web.answers import Query
-from imglish.web.batching import Batcher, BusyError
+from imglish.search import FilterError, Index, Query
+from imglish.web import pictures
 from imglish.web.guard import COOKIE, Guard, Settings
-from imglish.web.metrics import Metrics
-from imglish.web.schemas import HealthAnswer, HitAnswer, InfoAnswer, PictureAnswer, ProblemAnswer, SearchAnswer
+from imglish.web.schemas import ExplainAnswer, HealthAnswer, HitAnswer, InfoAnswer, PictureAnswer, SearchAnswer
+from imglish.web.service import LOG, PROBLEMS, Asked, RefusedError, Service
 
-LOG = logging.getLogger("imglish.web")
 MOST = 200  # pictures of a page
 MOST_RERANKED = 100
 DEEPEST = 10_000  # first place of a page
-DECODERS = 4  # pictures that are decoded at a time
 PAGE = {"/": ("index.html", "text/html"), "/app.js": ("app.js", "text/javascript"), "/app.css": ("app.css", "text/css")}
 KEEP = {"Cache-Control": "private, max-age=3600"}
-T = TypeVar("T")
 
 Words = Annotated[str, Parameter(max_length=1000, description="what the pictures should show")]
 NotWords = Annotated[str, Parameter(max_length=1000, description="what they should not show")]
@@ -50,113 +39,6 @@ Offset = Annotated[int, Parameter(ge=0, le=DEEPEST, description="pictures to ski
 Key = Annotated[str, Parameter(min_length=1, max_length=4096, description="of a picture, as a search gives it")]
 WORDS = Form(max_length=1000, description="what the pictures should show")
 NOT_WORDS = Form(max_length=1000, description="what they should not show")
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ProblemAnswer, "description": says}
-    for status, says in (
-        (400, "wrong parameters"),
-        (401, "no API key"),
-        (403, "another site asks"),
-        (404, "no such picture"),
-        (413, "too large"),
-        (415, "not a picture that can be read"),
-        (429, "the queue is full"),
-        (503, "the index cannot be read"),
-    )
-}
-
-
-class RefusedError(Exception):
-    """An answer that is no result: status, code for programs, message for persons."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-
-    @staticmethod
-    def of(error: Exception) -> RefusedError | None:
-        """None for an error that is a mistake of ours. Messages that may name files of the server go to the log."""
-        if isinstance(error, BusyError):
-            return RefusedError(429, "busy", str(error))
-        if isinstance(error, FilterError):
-            return RefusedError(400, "filter", str(error))
-        if isinstance(error, ImageError):
-            return RefusedError(413 if error.reason == "too large" else 415, "picture", str(error))
-        if isinstance(error, StoreError):
-            LOG.error("the index cannot be read: %s", error)
-            return RefusedError(503, "index", "the index cannot be read now; the server's log says why")
-        return None
-
-    def body(self) -> dict[str, Any]:
-        return {"error": {"code": self.code, "message": self.message}}
-
-
-class Service:
-    """The index, its thread, and what is counted; what the routes share."""
-
-    def __init__(self, index: Index, settings: Settings) -> None:
-        self.index, self.settings, self.metrics = index, settings, Metrics()
-        self.batcher: Batcher[Query, Results] = Batcher(
-            lambda queries: answers.first(index, queries),
-            lambda query: answers.search(index, query),
-            settings.batch,
-            settings.waiting,
-            self.metrics.batch,
-        )
-        self._decoders = anyio.CapacityLimiter(DECODERS)
-
-    def reranks(self, query: Query) -> bool:
-        """Whether a second answer follows that of the towers."""
-        return bool(query.text) and query.rerank > 0 and self.index.reranks
-
-    async def first(self, query: Query, began: float) -> SearchAnswer:
-        results = await self._answer(self.batcher.first, query)
-        return self._counted(results, "towers", not self.reranks(query), began)
-
-    async def second(self, query: Query, began: float) -> SearchAnswer:
-        results = await self._answer(self.batcher.second, query)
-        return self._counted(results, "reranked", True, began)
-
-    async def best(self, query: Query, began: float) -> SearchAnswer:
-        return await (self.second if self.reranks(query) else self.first)(query, began)
-
-    async def uploaded(self, image: UploadFile | None) -> Any:
-        """The query's picture, None without one."""
-        if image is None:
-            return None
-        data = await image.read()
-        if len(data) > self.settings.upload:
-            raise RefusedError(413, "picture", f"a picture of more than {self.settings.upload >> 20} MiB")
-        try:
-            return await self.off_loop(lambda: pictures.uploaded(data, self.settings.pixels))
-        except ImageError as error:
-            raise RefusedError.of(error) or error from error
-
-    async def picture(self, make: Callable[[], T]) -> T:
-        """What ``make`` gives for a key."""
-        try:
-            return await self.off_loop(make)
-        except KeyError as error:
-            raise RefusedError(404, "key", "there is no such picture in the index") from error
-        except ImageError as error:
-            raise RefusedError(404, "picture", str(error)) from error
-        except StoreError as error:
-            raise RefusedError.of(error) or error from error
-
-    async def off_loop(self, make: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(make, limiter=self._decoders)
-
-    async def _answer(self, submit: Callable[[Query], Future[Results]], query: Query) -> Results:
-        try:
-            return await asyncio.wrap_future(submit(query))
-        except Exception as error:
-            if isinstance(error, BusyError):
-                self.metrics.refused()
-            raise RefusedError.of(error) or error from error
-
-    def _counted(self, results: Results, stage: Any, last: bool, began: float) -> SearchAnswer:
-        seconds = time.perf_counter() - began
-        self.metrics.answered(stage, seconds)
-        return SearchAnswer.of(results, stage, last, seconds)
 
 
 def create(index: Index, settings: Settings | None = None) -> FastAPI:
@@ -189,20 +71,20 @@ def create(index: Index, settings: Settings | None = None) -> FastAPI:
     return app
 
 
+def _asked(settings: Settings, began: float, rerank: int | None, **wish: Any) -> Asked:
+    """The query that a client sends, of whichever form."""
+    try:
+        return Asked(Query(rerank=settings.rerank if rerank is None else rerank, **wish), began)
+    except FilterError as error:
+        raise RefusedError.of(error) or error from error
+    except ValueError as error:
+        raise RefusedError(400, "invalid", str(error)) from error
+
+
 def _searching(service: Service) -> APIRouter:
     api = APIRouter(prefix="/v1", tags=["search"])
-    index_rerank = service.settings.rerank
 
-    def wish(
-        text: str, image: Any, not_text: str, k: int, rerank: int | None, where: str, least: float | None, at: int
-    ) -> Query:
-        if not text.strip() and image is None:
-            raise RefusedError(400, "empty", "nothing to search for: give words, a picture, or both")
-        many = index_rerank if rerank is None else rerank
-        return Query(text.strip() or None, image, not_text.strip() or None, k, many, where.strip() or None, least, at)
-
-    @api.get("/search", summary="Search by words")
-    async def by_words(
+    async def in_address(
         text: Words,
         not_text: NotWords = "",
         k: Count = 40,
@@ -210,12 +92,11 @@ def _searching(service: Service) -> APIRouter:
         where: Where = "",
         min_match: LeastMatch = None,
         offset: Offset = 0,
-    ) -> SearchAnswer:
-        began = time.perf_counter()
-        return await service.best(wish(text, None, not_text, k, rerank, where, min_match, offset), began)
+    ) -> Asked:
+        wish = {"text": text, "not_text": not_text, "k": k, "where": where, "min_match": min_match, "offset": offset}
+        return _asked(service.settings, time.perf_counter(), rerank, **wish)
 
-    @api.post("/search", summary="Search by words, by a picture, or by both")
-    async def search(
+    async def in_form(
         text: Annotated[str, WORDS] = "",
         image: Annotated[UploadFile | None, File(description="JPEG, PNG, WebP, GIF, BMP, TIFF")] = None,
         not_text: Annotated[str, NOT_WORDS] = "",
@@ -224,10 +105,20 @@ def _searching(service: Service) -> APIRouter:
         where: Annotated[str, Form(max_length=2000)] = "",
         min_match: Annotated[float | None, Form(ge=0, le=1)] = None,
         offset: Annotated[int, Form(ge=0, le=DEEPEST)] = 0,
-    ) -> SearchAnswer:
-        began = time.perf_counter()
-        picture = await service.uploaded(image)
-        return await service.best(wish(text, picture, not_text, k, rerank, where, min_match, offset), began)
+    ) -> Asked:
+        began, picture = time.perf_counter(), await service.uploaded(image)
+        wish = {"text": text, "not_text": not_text, "k": k, "where": where, "min_match": min_match, "offset": offset}
+        return _asked(service.settings, began, rerank, image=picture, **wish)
+
+    addressed, sent = Depends(in_address), Depends(in_form)
+
+    @api.get("/search", summary="Search by words")
+    async def by_words(asked: Asked = addressed) -> SearchAnswer:
+        return await service.best(asked)
+
+    @api.post("/search", summary="Search by words, by a picture, or by both")
+    async def search(asked: Asked = sent) -> SearchAnswer:
+        return await service.best(asked)
 
     @api.post(
         "/search/stream",
@@ -240,31 +131,19 @@ def _searching(service: Service) -> APIRouter:
             }
         },
     )
-    async def stream(
-        text: Annotated[str, WORDS] = "",
-        image: Annotated[UploadFile | None, File(description="JPEG, PNG, WebP, GIF, BMP, TIFF")] = None,
-        not_text: Annotated[str, NOT_WORDS] = "",
-        k: Annotated[int, Form(ge=1, le=MOST)] = 40,
-        rerank: Annotated[int | None, Form(ge=0, le=MOST_RERANKED)] = None,
-        where: Annotated[str, Form(max_length=2000)] = "",
-        min_match: Annotated[float | None, Form(ge=0, le=1)] = None,
-        offset: Annotated[int, Form(ge=0, le=DEEPEST)] = 0,
-    ) -> StreamingResponse:
-        began = time.perf_counter()
-        picture = await service.uploaded(image)
-        query = wish(text, picture, not_text, k, rerank, where, min_match, offset)
-        first = await service.first(query, began)  # before the response starts: errors have their status
-        return StreamingResponse(_lines(service, query, first, began), media_type="application/x-ndjson")
+    async def stream(asked: Asked = sent) -> StreamingResponse:
+        first = await service.first(asked)  # before the response starts: errors have their status
+        return StreamingResponse(_lines(service, asked, first), media_type="application/x-ndjson")
 
     return api
 
 
-async def _lines(service: Service, query: Query, first: SearchAnswer, began: float) -> AsyncIterator[str]:
+async def _lines(service: Service, asked: Asked, first: SearchAnswer) -> AsyncIterator[str]:
     yield first.model_dump_json() + "\n"
     if first.last:
         return
     try:
-        second = await service.second(query, began)
+        second = await service.second(asked)
     except RefusedError as refusal:
         yield json.dumps(refusal.body()) + "\n"
         return
@@ -296,6 +175,12 @@ def _looking(service: Service) -> APIRouter:
     async def large(key: Key) -> Response:
         data = await service.picture(lambda: pictures.large(index, key, pixels))
         return Response(data, media_type="image/jpeg", headers=KEEP)
+
+    @api.get("/explain", summary="Where in the picture the model finds each word")
+    async def explained(key: Key, text: Words) -> ExplainAnswer:
+        if not text.strip():
+            raise RefusedError(400, "invalid", "the text is empty: there is nothing to look for")
+        return await service.explained(key, text.strip())
 
     @api.get("/similar", summary="Pictures that look like it")
     async def similar(key: Key, k: Count = 12) -> list[HitAnswer]:

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+T = TypeVar("T")
 
 
 class BusyError(Exception):
@@ -18,45 +19,46 @@ class BusyError(Exception):
 
 
 @dataclass(frozen=True)
-class _Job(Generic[Q, A]):
-    query: Q
-    future: Future[A]
+class _Job:
+    """what: a query, or what computes an answer by itself."""
+
+    what: Any
+    future: Future[Any]
 
 
 class Batcher(Generic[Q, A]):
     """Queries wait in two queues of together at most ``waiting``; more are refused with :class:`BusyError`.
 
-    first: answers up to ``most`` queries at once, one answer or exception each; second: the dear answer to one query.
-    While the thread computes the next batch gathers by itself, so a query that comes alone never waits for company.
+    answer: gives the first answers to up to ``most`` queries at once. While the thread computes the next batch gathers
+    by itself, so a query that comes alone never waits for company. What is dearer is computed :meth:`alone`.
     A job whose future is cancelled is dropped when its turn comes. on_batch: is told the size of each batch.
     """
 
     def __init__(
         self,
-        first: Callable[[Sequence[Q]], Sequence[A | Exception]],
-        second: Callable[[Q], A],
+        answer: Callable[[Sequence[Q]], Sequence[A]],
         most: int = 16,
         waiting: int = 64,
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
         if most < 1 or waiting < 1:
             raise ValueError(f"batches of {most}, {waiting} waiting: both have to be at least 1")
-        self._first, self._second = first, second
+        self._answer = answer
         self._most, self._waiting, self._on_batch = most, waiting, on_batch
-        self._quick: deque[_Job[Q, A]] = deque()
-        self._dear: deque[_Job[Q, A]] = deque()
+        self._quick: deque[_Job] = deque()
+        self._dear: deque[_Job] = deque()
         self._change = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="imglish-search", daemon=True)
         self._thread.start()
 
     def first(self, query: Q) -> Future[A]:
-        """The towers' answer. Raises :class:`BusyError`."""
+        """The first answer to a query. Raises :class:`BusyError`."""
         return self._submit(self._quick, query)
 
-    def second(self, query: Q) -> Future[A]:
-        """The reranked answer. Raises :class:`BusyError`."""
-        return self._submit(self._dear, query)
+    def alone(self, compute: Callable[[], T]) -> Future[T]:
+        """What ``compute`` gives, called by the thread when no first answer waits. Raises :class:`BusyError`."""
+        return self._submit(self._dear, compute)
 
     @property
     def waiting(self) -> int:
@@ -77,8 +79,8 @@ class Batcher(Generic[Q, A]):
             self._change.notify_all()
         self._thread.join(timeout=60)
 
-    def _submit(self, queue: deque[_Job[Q, A]], query: Q) -> Future[A]:
-        job: _Job[Q, A] = _Job(query, Future())
+    def _submit(self, queue: deque[_Job], what: Any) -> Future[Any]:
+        job = _Job(what, Future())
         with self._change:
             if self._closed:
                 raise BusyError("the server is stopping")
@@ -110,19 +112,30 @@ class Batcher(Generic[Q, A]):
             if jobs:
                 self._compute(jobs, quick)
 
-    def _compute(self, jobs: list[_Job[Q, A]], quick: bool) -> None:
-        answers: Sequence[A | Exception]
-        try:
-            if quick:
-                if self._on_batch is not None:
-                    self._on_batch(len(jobs))
-                answers = self._first([job.query for job in jobs])
-            else:
-                answers = [self._second(jobs[0].query)]
-        except Exception as error:  # given to those who asked; the thread goes on for the others
-            answers = [error] * len(jobs)
+    def _compute(self, jobs: list[_Job], quick: bool) -> None:
+        if quick:
+            if self._on_batch is not None:
+                self._on_batch(len(jobs))
+            answers = self._answers([job.what for job in jobs])
+        else:
+            answers = [_tried(jobs[0].what)]
         for job, answer in zip(jobs, answers, strict=True):
             if isinstance(answer, Exception):
                 job.future.set_exception(answer)
             else:
                 job.future.set_result(answer)
+
+    def _answers(self, queries: Sequence[Any]) -> Sequence[Any]:
+        """One each; where they fail together, one after the other, so that an error reaches its client alone."""
+        found = _tried(lambda: self._answer(queries))
+        if not isinstance(found, Exception):
+            return found
+        return [found] if len(queries) == 1 else [answer for query in queries for answer in self._answers([query])]
+
+
+def _tried(compute: Callable[[], T]) -> T | Exception:
+    """The result, or the error: the thread goes on for the others."""
+    try:
+        return compute()
+    except Exception as error:
+        return error

@@ -24,25 +24,21 @@ def large(index: Index, key: str, pixels: int) -> bytes:
     """A JPEG of the original without its metadata (which may tell where it was taken); where the original cannot be
     read any more, the index's small one. Raises ``KeyError``, :class:`ImageError` where there is neither."""
     try:
-        image = decode(index.original(key), LARGE, name="the original", max_pixels=pixels)
-    except ImageError as error:
+        return _original(index, key, LARGE, pixels)
+    except ImageError:
         kept = index.thumbnail(key)
-        if kept:
-            return kept
-        raise ImageError("the picture's file cannot be read any more", error.reason) from error
-    return _jpeg(_within(image, LARGE))
+        if not kept:
+            raise
+        return kept
 
 
 def small(index: Index, key: str, pixels: int) -> bytes:
     """The JPEG of the index; without one it is made of the original. Raises as :func:`large`."""
-    kept = index.thumbnail(key)
-    if kept:
-        return kept
-    try:
-        image = decode(index.original(key), SMALL, name="the original", max_pixels=pixels)
-    except ImageError as error:
-        raise ImageError("the picture's file cannot be read any more", error.reason) from error
-    return _jpeg(_within(image, SMALL))
+    return index.thumbnail(key) or _original(index, key, SMALL, pixels)
+
+
+def _original(index: Index, key: str, side: int, pixels: int) -> bytes:
+    return _jpeg(_within(decode(index.original(key), side, name=key, max_pixels=pixels), side))
 
 
 def _within(image: Image.Image, side: int) -> Image.Image:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
+from imglish.evaluation.explain import Explanation
 from imglish.search import Results, SearchHit
 
 
@@ -17,8 +22,11 @@ class HitAnswer(BaseModel):
     rank_before: int = Field(description="its place by the towers alone")
     moved: int = Field(description="how many places reranking has moved it up; negative: down")
     cosine: float = Field(description="score of the towers")
-    match: float | None = Field(description="probability that words and picture belong together; null: not looked at")
-    excluded: float | None = Field(description="the same probability for the words that it should not show")
+    match: float | None = Field(
+        description="probability that words and picture belong together (and not the words that it should not show); "
+        "null: not looked at"
+    )
+    excluded: float | None = Field(description="probability of the words that it should not show")
     captions: list[str]
     date: str
     tags: list[str]
@@ -72,6 +80,37 @@ class PictureAnswer(BaseModel):
     width: int
     height: int
     duplicate_of: str
+
+
+class ExplainAnswer(BaseModel):
+    """Where in a picture the model finds the words: maps of bytes, row by row from the top."""
+
+    method: str = Field(description="how they were made: docs/explain.md")
+    words: list[str]
+    maps: list[str] = Field(description="of each word, base64, all of one scale")
+    whole: str = Field(description="of the whole text, base64, 255 at its highest")
+    height: int = Field(description="of the maps, in patches")
+    width: int
+    box: list[float] = Field(description="what the model saw: left, upper, right, lower as shares of the picture")
+
+    @staticmethod
+    def of(found: Explanation, box: Sequence[float]) -> ExplainAnswer:
+        height, width = found.whole.shape
+        return ExplainAnswer(
+            method=found.method,
+            words=list(found.words),
+            maps=[_bytes(one, found.maps.max()) for one in found.maps],
+            whole=_bytes(found.whole, found.whole.max()),
+            height=height,
+            width=width,
+            box=list(box),
+        )
+
+
+def _bytes(heat: Tensor, highest: Tensor) -> str:
+    """A map as base64 of bytes, 255 where it is ``highest``."""
+    levels = (heat * (255 / highest.clamp(min=1e-12))).round().clamp(0, 255)
+    return b64encode(levels.to(torch.uint8).numpy().tobytes()).decode()
 
 
 class InfoAnswer(BaseModel):
