@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from imglish import atomic
 from imglish.data.errors import FILE, DataError, Errors, Problem
-from imglish.data.images import ImageError, decode_sized
+from imglish.data.images import MAX_FILE, ImageError, decode_sized
 from imglish.data.records import ImageSource, Record
 from imglish.data.sources.base import digest
-from imglish.data.sources.files import MAX_FILE, open_raw
+from imglish.data.sources.files import open_raw
 
 MANIFEST = "shards.json"
 SUMS = "SHA256SUMS"

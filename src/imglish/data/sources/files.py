@@ -16,9 +16,8 @@ from threading import Lock
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 from imglish.data.errors import DataError
-from imglish.data.images import ImageError
+from imglish.data.images import MAX_FILE, ImageError
 
-MAX_FILE = 512 * 2**20  # bytes of one picture's or one sidecar's file
 DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
 

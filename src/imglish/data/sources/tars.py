@@ -16,12 +16,11 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from imglish.data.errors import DataError, Errors, Problem, printable
-from imglish.data.images import ImageError
+from imglish.data.images import MAX_FILE, ImageError
 from imglish.data.records import ImageSource
 from imglish.data.sources.columns import runs
 from imglish.data.sources.config import SourceConfig
 from imglish.data.sources.files import (
-    MAX_FILE,
     OpenFiles,
     Stat,
     allowed_roots,
