@@ -300,11 +300,14 @@ def load(
     device: str | torch.device | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
 ) -> Model:
     """The model called ``name``: a folder that ``imglish train`` or ``imglish convert`` wrote, a released checkpoint of
     the family (a file, or a folder of transformers or open_clip), or ``hf:OWNER/NAME`` on the hub.
 
     device: default, a GPU where there is one; tokenizer: its file, for released weights that have none beside them;
-    revision: on the hub. Raises ``CheckpointError``, which names the file and what is wrong with it.
+    revision: on the hub; image_size, max_length: other sizes than the model was trained with, positions are fitted by the
+    rule of its family. Raises ``CheckpointError``, which names the file and what is wrong with it.
     """
-    return Model(load_any(name, tokenizer, revision), device)
+    return Model(load_any(name, tokenizer, revision, image_size, max_length), device)

@@ -15,6 +15,8 @@ from imglish.checkpoints.rules import Converted, Drop, Rule, Table, Transform
 TOKEN = Transform(lambda x: x[0, 0], lambda x: x[None, None])
 """A learned token ``(1, 1, D)`` as a vector."""
 
+_CLASS_LAYERS = "BEiT-2 trains its class token through them, and throws them away"
+
 
 def table() -> Table:
     """Official name -> ours."""
@@ -34,6 +36,8 @@ def table() -> Table:
         Rule(block + "mlp.{matrix}.{leaf}", block + "ffn.all.{matrix}.{leaf}"),
         Rule("norm.{leaf}", "norm.{leaf}"),
         Rule("lm_head.{leaf}", "head.{leaf}"),
+        *(Drop(f"cls_pt_layers.{{i}}.{rest}", _CLASS_LAYERS) for rest in ("{aa}", "{aa}.{bb}", "{aa}.{bb}.{cc}")),
+        Drop("cls_pt_lm_head.{leaf}", _CLASS_LAYERS),
     )
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from imglish.checkpoints import native
 from imglish.checkpoints.foreign import SETTINGS, TOKENIZERS, WEIGHT_NAMES, load_foreign
 from imglish.checkpoints.native import CheckpointError, Loaded
+from imglish.checkpoints.resizing import with_sizes
+from imglish.checkpoints.transfer import resized
+from imglish.models import registry
 
 HUB = "hf:"
 _WANTED = (
@@ -19,19 +25,52 @@ _WANTED = (
 )
 
 
-def load_any(name: str | Path, tokenizer: str | Path | None = None, revision: str | None = None) -> Loaded:
+def load_any(
+    name: str | Path,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
+) -> Loaded:
     """The model called ``name``: a folder that this library wrote, a released file or folder (see
     :mod:`imglish.checkpoints.foreign`), or ``hf:OWNER/NAME`` on the hub.
 
-    tokenizer: its file, for released weights without one beside them; revision: branch, tag or commit on the hub.
-    Raises :class:`CheckpointError`.
+    tokenizer: its file, for released weights without one beside them; revision: branch, tag or commit on the hub;
+    image_size, max_length: see :func:`at_sizes`. Raises :class:`CheckpointError`.
     """
+    return at_sizes(_load(name, tokenizer, revision), image_size, max_length)
+
+
+def _load(name: str | Path, tokenizer: str | Path | None, revision: str | None) -> Loaded:
     path = from_hub(str(name)[len(HUB) :], revision) if str(name).startswith(HUB) else Path(name)
     if native.is_export(path):
         return native.load(path)
     if not path.exists():
         raise CheckpointError(f"there is no model at {path}; one on the hub is called {HUB}OWNER/NAME")
     return load_foreign(path, tokenizer)
+
+
+def at_sizes(loaded: Loaded, image_size: int | None = None, max_length: int | None = None) -> Loaded:
+    """The same model for pictures of ``image_size`` pixels and texts of at most ``max_length`` tokens (None: as they
+    are), its positions fitted by the rule of its family (:mod:`imglish.checkpoints.resizing`).
+
+    What was fitted stands in ``meta["resized"]``. Raises :class:`CheckpointError` where that cannot be.
+    """
+    try:
+        config = with_sizes(loaded.config, image_size, max_length)
+        if config == loaded.config:
+            return loaded
+        torch.manual_seed(0)  # of positions that are new
+        model = registry.build(config)
+        converted = resized(loaded.model, model)
+    except ValueError as error:
+        raise CheckpointError(f"this {loaded.config.family} cannot be had in other sizes: {error}") from error
+    model.load_state_dict(converted.state, assign=True)
+    words = loaded.words
+    if words is not None and max_length is not None:
+        words = words.with_max_length(max_length)
+    meta = loaded.meta | {"resized": converted.report}
+    return replace(loaded, model=model.eval(), words=words, config=config, meta=meta)
 
 
 def from_hub(repository: str, revision: str | None = None) -> Path:

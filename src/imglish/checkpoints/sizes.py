@@ -13,14 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
+from imglish.checkpoints import beit3
 from imglish.checkpoints.rules import ConversionError
 from imglish.models.albef import AlbefConfig
+from imglish.models.beit import BeitConfig
+from imglish.models.beit3 import Beit3Config
 from imglish.models.blip import BlipConfig
+from imglish.models.expert_sizes import HALF
 from imglish.models.vilt import ViltConfig
 from imglish.models.vilt_pictures import AspectInput
 from imglish.models.vit import ImageInput, VitConfig
 from imglish.models.vlmo import VlmoConfig
-from imglish.models.vlmo_body import HALF
 
 HEAD = 64
 VLMO_DISTANCES = 196
@@ -96,11 +99,8 @@ def vlmo_config(weights: Mapping[str, Tensor]) -> VlmoConfig:
     patch = _shape(weights, "transformer.patch_embed.proj.weight")[-1]
     depth = count(weights, r"transformer\.blocks\.(\d+)\.")
     if (table := weights.get("relative_position_bias_table")) is not None:
-        offsets = table.shape[0] - 5 - 2 * VLMO_DISTANCES
-        side, positions, head_count = math.isqrt(max(offsets, 0)), "relative", table.shape[1] // depth
-        if side * side != offsets or side % 2 == 0:
-            raise ConversionError(f"a relative table of {table.shape[0]} rows: the size of the pictures cannot be told")
-        grid = (side + 1) // 2
+        grid, positions = _grid_of(table.shape[0] - 5 - 2 * VLMO_DISTANCES), "relative"
+        head_count = table.shape[1] // depth
     else:  # base-plus, whose 16 heads are 34 wide
         grid, positions = math.isqrt(_shape(weights, "transformer.pos_embed")[1] - 1), "absolute"
         head_count = width // 34 if width == 544 else heads(width, "transformer")
@@ -125,6 +125,55 @@ def vlmo_config(weights: Mapping[str, Tensor]) -> VlmoConfig:
         itm="itm_score.fc.weight" in weights,
         mlm="mlm_score.bias" in weights,
     )
+
+
+def beit_config(weights: Mapping[str, Tensor]) -> BeitConfig:
+    """Of BEiT's or BEiT-2's checkpoint of masked image modelling."""
+    width, _, patch, _ = _shape(weights, "patch_embed.proj.weight")
+    offsets, head_count = _shape(weights, "rel_pos_bias.relative_position_bias_table")
+    return BeitConfig(
+        image=ImageInput(_grid_of(offsets - 3) * patch, HALF, HALF),
+        patch=patch,
+        codes=_shape(weights, "lm_head.weight")[0],
+        width=width,
+        depth=count(weights, r"blocks\.(\d+)\."),
+        heads=head_count,
+        hidden=_shape(weights, "blocks.0.mlp.fc1.weight")[0],
+    )
+
+
+def multiway_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Settings of the body of any BEiT-3 checkpoint."""
+    vocab_size, width = _shape(weights, "beit3.text_embed.weight")
+    patch = _shape(weights, "beit3.vision_embed.proj.weight")[-1]
+    side = math.isqrt(_shape(weights, "beit3.encoder.embed_positions.A.weight")[0] - beit3.UNREAD - 1)
+    return {
+        "image": ImageInput(side * patch, HALF, HALF),
+        "patch": patch,
+        "vocab_size": vocab_size,
+        "max_length": _shape(weights, "beit3.encoder.embed_positions.B.weight")[0] - beit3.UNREAD,
+        "width": width,
+        "depth": count(weights, r"beit3\.encoder\.layers\.(\d+)\."),
+        "heads": heads(width, "beit3"),
+        "hidden": _shape(weights, "beit3.encoder.layers.0.ffn.A.fc1.weight")[0],
+    }
+
+
+def beit3_config(weights: Mapping[str, Tensor]) -> Beit3Config:
+    """Of BEiT-3's checkpoint of pre-training, retrieval or captioning; the objective is one that its heads allow."""
+    there = {"mlm": "mlm_head.weight", "mim": "mim_head.weight", "itc": "vision_head.weight"}
+    outputs: Any = tuple(head for head, name in there.items() if name in weights) or ("itc",)
+    objective: Any = "itc" if "itc" in outputs else "mdm" if "mim" in outputs else "captions"
+    codes = {"codes": weights["mim_head.weight"].shape[0]} if "mim" in outputs else {}
+    return Beit3Config(**multiway_sizes(weights), **codes, outputs=outputs, objective=objective)
+
+
+def _grid_of(offsets: int) -> int:
+    """Patches a side of the pictures whose relative positions are so many."""
+    side = math.isqrt(max(offsets, 0))
+    if side * side != offsets or side % 2 == 0:
+        raise ConversionError(f"{offsets} relative positions are no square: the size of the pictures cannot be told")
+    return (side + 1) // 2
 
 
 def _bert(weights: Mapping[str, Tensor], text: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ first values, and both are named; anything else that does not fit is an error.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 from torch import nn
 
 from imglish.checkpoints import beit, vlmo
+from imglish.checkpoints.resizing import fitted
 from imglish.checkpoints.rules import ConversionError, Converted, Drop, Fresh, Rule, Table, Transform
-from imglish.nn.embed import resize_grid
-from imglish.nn.relative import resize_relative
 
 OWN_OF_A_STAGE = {
     "vlmo": (
@@ -48,36 +46,32 @@ def transfer(source: nn.Module, target: nn.Module) -> Converted:
     return _same_family(source, target, OWN_OF_A_STAGE.get(after, ()))
 
 
+def resized(source: nn.Module, target: nn.Module) -> Converted:
+    """The state dict of ``source`` for ``target``, the same model for pictures or texts of another size; the report
+    names what was fitted. Raises :class:`ConversionError` for any other difference."""
+    return _same_family(source, target, ())
+
+
 def _same_family(source: nn.Module, target: nn.Module, own: tuple[str, ...]) -> Converted:
     """Name by name; positions are fitted to another size of pictures or length of texts."""
     theirs, ours = source.state_dict(), target.state_dict()
-    rules: list[Rule | Drop | Fresh] = [
-        Rule(name, name, _fitted(name, source, target)) for name in theirs if name in ours
-    ]
+    rules: list[Rule | Drop | Fresh] = []
+    report = {}
+    for name in theirs:
+        if name not in ours:
+            continue
+        fit = None if theirs[name].shape == ours[name].shape else fitted(name, source, target)
+        rules.append(Rule(name, name, None if fit is None else Transform(fit, _not_back)))
+        if fit is not None:
+            report[name] = f"fitted from {tuple(theirs[name].shape)} to {tuple(ours[name].shape)}"
     rules += [Drop(n, "not part of the next stage") for n in theirs if n not in ours and _is_own(n, own)]
     rules += [Fresh(n, "new in this stage") for n in ours if n not in theirs and _is_own(n, own)]
-    return Table(*rules).convert(theirs, ours)
+    converted = Table(*rules).convert(theirs, ours)
+    return Converted(converted.state, converted.report | report)
 
 
 def _is_own(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _fitted(name: str, source: nn.Module, target: nn.Module) -> Transform | None:
-    """How the positions called ``name`` reach the size that the target has; None for all other weights."""
-    before: Any = source.config
-    after: Any = target.config
-    if name == "relative.table":
-        return Transform(lambda x: resize_relative(x, before.grid, after.grid), _not_back)
-    if name in ("positions", "body.image_positions"):
-        return Transform(lambda x: resize_grid(x, (after.grid, after.grid)), _not_back)
-    if name == "vision.positions":
-        vision = after.vision
-        side, prefix = vision.image.size // vision.patch, int(vision.class_token)
-        return Transform(lambda x: resize_grid(x, (side, side), prefix, antialias=side < math.isqrt(len(x))), _not_back)
-    if name in ("embedding.positions.weight", "body.text_positions"):
-        return Transform(lambda x: x[: after.max_length], _not_back)
-    return None
 
 
 def _not_back(value: Any) -> Any:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from imglish.models.depths import depths
+from imglish.models.heads import TaskModel
 from imglish.training.config import OptimiserRecipe, ScheduleRecipe
 from imglish.training.settings import SettingsError
-
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-_EMBEDDINGS = ("embed", "words", "position", "token", "types", "relative")
 
 
 def train_only(model: nn.Module, patterns: Sequence[str]) -> int:
@@ -45,6 +43,10 @@ def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str
         if isinstance(module, nn.Embedding)
     }
     rates = layer_rates(model, recipe.layer_decay) if recipe.layer_decay is not None else {}
+    if recipe.head_factor != 1.0:
+        if not isinstance(model, TaskModel):
+            raise SettingsError("optimiser.head_factor", "only the head of a task has a rate of its own; leave it out")
+        rates |= dict.fromkeys(model.head_parameters(), recipe.head_factor)
     temperature = (recipe.temperature_lr or recipe.lr) / recipe.lr
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}  # of (place in this docstring's order, scale)
     for name, parameter in model.named_parameters():
@@ -66,22 +68,14 @@ def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str
 
 
 def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
-    """Factor of the learning rate for each parameter by its layer: heads and final norms 1, the last block ``decay``,
-    the one below it its square, and so on; embeddings lie below the first block.
-
-    For models of one stack of blocks, ``blocks`` (BEiT, BEiT-3, VLMo); others raise :class:`SettingsError`.
+    """Factor of the learning rate for each parameter by its layer: heads and final norms 1, the last layer ``decay``,
+    the one below it its square, and so on; embeddings lie below the first layer (:func:`imglish.models.depths.depths`).
+    Towers count from their own tops. A model without layers raises :class:`SettingsError`.
     """
-    found = [(name, _BLOCK.search(name)) for name, _ in model.named_parameters()]
-    numbers = [int(match.group(1)) for _, match in found if match is not None]
-    if not numbers or len({name[: match.start()] for name, match in found if match is not None}) > 1:
-        raise SettingsError("optimiser.layer_decay", "this model has no single stack of blocks; leave the setting out")
-    top = max(numbers) + 1
-    rates = {}
-    for name, match in found:
-        below = any(part in name for part in _EMBEDDINGS)
-        layer = int(match.group(1)) + 1 if match is not None else (0 if below else top + 1)
-        rates[name] = decay ** (top + 1 - layer)
-    return rates
+    levels = depths(model)
+    if not any(levels.values()):
+        raise SettingsError("optimiser.layer_decay", "this model has no stack of layers; leave the setting out")
+    return {name: decay**level for name, level in levels.items()}
 
 
 def build_optimiser(model: nn.Module, recipe: OptimiserRecipe) -> torch.optim.AdamW:

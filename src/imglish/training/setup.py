@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from imglish.checkpoints.native import CheckpointError, Loaded, load
+from imglish.checkpoints.loading import load_any
+from imglish.checkpoints.native import CheckpointError, Loaded
 from imglish.checkpoints.rules import ConversionError
-from imglish.checkpoints.transfer import transfer
+from imglish.checkpoints.transfer import resized, transfer
 from imglish.data.augment import policy
 from imglish.data.dataset import PairDataset
 from imglish.data.errors import DataError
@@ -101,6 +102,8 @@ def gather_materials(
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(resumed["tokenizer"]))
     elif loaded is not None:
         tokenizer = loaded.tokenizer
+        if base.max_length != loaded.config.max_length:
+            tokenizer = tokenizer.with_max_length(base.max_length)
     elif stage is not None and stage.words is not None and recipe.tokenizer.load is None:
         tokenizer = stage.words.with_max_length(base.max_length)
     else:
@@ -136,7 +139,7 @@ def base_config(recipe: Recipe) -> tuple[Any, Loaded | None]:
 
 def _exported(path: str, key: str) -> Loaded:
     try:
-        return load(path)
+        return load_any(path)
     except CheckpointError as error:
         raise SettingsError(key, str(error)) from error
 
@@ -231,8 +234,8 @@ def new_model(materials: Materials, seed: int) -> nn.Module:
     model = registry.build(materials.config)
     if materials.start is not None:
         try:
-            model.load_state_dict(materials.start.state_dict())
-        except RuntimeError as error:
+            model.load_state_dict(resized(materials.start, model).state)
+        except ConversionError as error:
             raise SettingsError("model.init", f"its weights do not fit the changed configuration: {error}") from error
     if materials.earlier is not None:
         try:
