@@ -19,6 +19,8 @@ from imglish.report import Report, Shown
 BINS = 100
 SAMPLES = 6  # pictures of each tenth
 SIDES = 8  # pictures with their web and synthetic texts
+GROUPS = 12  # of equal texts
+SHOWN_GROUPS = 3  # with pictures
 NAMES = {"itm": "ITM", "itc": "ITC", "ranker_itm": "ITM of the ranker", "ranker_itc": "ITC of the ranker"}
 
 SCRIPT = """
@@ -58,7 +60,9 @@ def page(
     if truth is not None:
         _quality(report, scores, truth)
     rng = np.random.default_rng(seed)
-    _Samples(report, stage, scores, decisions).show(rng)
+    samples = _Samples(report, stage, scores, decisions)
+    samples.show(rng)
+    samples.groups()
     _provenance(report, stage, config)
     return report
 
@@ -182,6 +186,33 @@ class _Samples:
         value = f"{self.scores.measures[self.by][row]:.3f}"
         text = f"{value} {entry['origin']}: {printable(entry['text'], 160)}"
         return Shown(picture, text, bool(self.decisions.kept[row]))
+
+    def groups(self) -> None:
+        """Texts that several pictures have: synthetic ones that say too little, web ones that are no descriptions."""
+        texts = self.scores.normalised().combine_chunks().dictionary_encode()
+        codes = texts.indices.to_numpy().astype(np.int64)
+        pairs = np.unique(np.stack([codes, self.scores.picture]), axis=1)
+        pictures = np.bincount(pairs[0], minlength=len(texts.dictionary))
+        repeated = np.flatnonzero(pictures > 1)
+        self.report.heading("Texts of several pictures")
+        rows = np.isin(codes, repeated)
+        self.report.text(
+            f"{len(repeated):,} texts belong to several pictures, case and punctuation aside: {int(rows.sum()):,} of "
+            f"{len(self.scores):,} rows ({rows.mean():.1%}). `--max-repeats N` drops those of more than N pictures."
+        )
+        most = repeated[np.argsort(-pictures[repeated], kind="stable")][:GROUPS]
+        lines = []
+        for code in most.tolist():
+            own = codes == code
+            web, kept = int((own & self.scores.web).sum()), int((own & self.decisions.kept).sum())
+            text = printable(texts.dictionary[code].as_py(), 160)
+            lines.append([text, f"{pictures[code]:,}", f"{web:,}", f"{int(own.sum()) - web:,}", f"{kept:,}"])
+        if lines:
+            self.report.table(["text", "pictures", "web", "synthetic", "kept"], lines, wide=(0,))
+        for code in most[:SHOWN_GROUPS].tolist():
+            own = np.flatnonzero(codes == code)
+            first = own[np.unique(self.scores.picture[own], return_index=True)[1]][:SAMPLES]
+            self._row(first, f"{pictures[code]:,} pictures: {printable(texts.dictionary[code].as_py(), 80)}")
 
     def _sides(self, rng: np.random.Generator) -> None:
         """Pictures with all of their texts, of web and synthetic ones side by side."""

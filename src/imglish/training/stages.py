@@ -149,7 +149,7 @@ def _resolve(settings: dict[str, Any], earlier: Mapping[str, Stage], names: Mapp
         if isinstance(name, str) and name in earlier:
             place[last] = str(earlier[name].model)
             needs.append(name)
-        elif name in names:
+        elif isinstance(name, str) and name in names:
             why = "does not come before this one" if names[name] is not None else "is left out: give a model's folder"
             raise SettingsError(".".join([*groups, last]), f"the stage {name!r} {why}")
     return tuple(needs)
