@@ -69,3 +69,24 @@ def test_zeroshot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "shoe<b>" not in page
     assert main([*arguments[:-4], "--templates", "fr"]) == 2
     assert "neither a file nor one of" in capsys.readouterr().err
+
+
+def test_grounding(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    things = [{"label": label, "bbox_xywh": [x, 5, 20, 20]} for label, x in (("red hat", 5), ("<b>photo", 28))]
+    rows = [{"image": f"hat/{i}.png", "objects": things} for i in range(3)]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    arguments = ["eval", "grounding", "--model", str(folder / "model"), "--data", str(tmp_path / "boxes.jsonl")]
+    arguments += ["--images", str(folder / "classes"), "--device", "cpu", "--template", "a {}"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "map of the words" in capsys.readouterr().out
+    held = json.loads((tmp_path / "grounding.json").read_text(encoding="utf-8"))
+    assert (held["references"], held["choices"], held["method"]) == (6, 6, "grad-cam")
+    assert held["choice"]["any box"] == 50
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 6
+    assert "&lt;b&gt;photo" in page
+    assert "<b>photo" not in page
+    assert main([*arguments, "--layer", "1", "--out", str(tmp_path)]) == 0
+    assert "map of the words" not in capsys.readouterr().out
+    assert main([*arguments, "--layer", "5", "--out", str(tmp_path)]) == 2
+    assert "fusion layers 0 to 1" in capsys.readouterr().err

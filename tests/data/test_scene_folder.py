@@ -213,7 +213,7 @@ def test_equal_settings_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_scenes(config, tmp_path / name)
     files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
-    assert len(files) == 3 + 4 + 4
+    assert len(files) == 3 + 4 + 5
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
 
 

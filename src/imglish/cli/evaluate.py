@@ -221,4 +221,5 @@ _JOBS = {
     "captioning": _captioning,
     "compositional": evaluate_tasks.compositional,
     "zeroshot": evaluate_tasks.zeroshot,
+    "grounding": evaluate_tasks.grounding,
 }

@@ -1,4 +1,4 @@
-"""`imglish eval compositional` and `imglish eval zeroshot`."""
+"""`imglish eval compositional`, `imglish eval zeroshot` and `imglish eval grounding`."""
 
 from __future__ import annotations
 
@@ -35,8 +35,20 @@ Prints the tables; writes zeroshot.json and report.html to --out.
 """
 
 
+GROUNDING = """\
+Do the heat maps of texts (docs/explain.md) lie on what the texts are about? Is the highest point inside of the right
+box (pointing game), and which of the proposed boxes does the map choose (RefCOCO)?
+
+  imglish eval grounding --model runs/flickr8k-albef/model --data references.jsonl --images coco/train2014
+  imglish eval grounding --model MODEL --data boxes.jsonl --images photos --template "a photo of a {}"
+
+Lines {"image", "text", "bbox", "proposals"}, or {"image", "objects": [{"label", "bbox_xywh"}]}, whose labels are the
+texts. Prints the table; writes grounding.json and report.html to --out.
+"""
+
+
 def add_jobs(jobs: Any) -> None:
-    """The parsers of both commands."""
+    """The parsers of these commands."""
     form = argparse.RawDescriptionHelpFormatter
     suite = jobs.add_parser(
         "compositional", help="SugarCrepe, ARO, Winoground, COLA", description=COMPOSITIONAL, formatter_class=form
@@ -45,9 +57,8 @@ def add_jobs(jobs: Any) -> None:
     suite.add_argument("--data", required=True, help="file of items, or a folder of such files")
     suite.add_argument("--images", help="folder of the pictures (default: where the file lies)")
     suite.add_argument("--least", type=int, default=1, help="items that a group needs to count in the mean (ARO: 25)")
-    suite.add_argument(
-        "--max-errors", type=float, default=0.01, metavar="SHARE", help="of the items that may be bad (default: 0.01)"
-    )
+    _add_max_errors(suite)
+    _add_scoring(suite)
     _add_machine(suite)
     classes = jobs.add_parser(
         "zeroshot", help="classes as texts, written into templates", description=ZEROSHOT, formatter_class=form
@@ -59,15 +70,37 @@ def add_jobs(jobs: Any) -> None:
     classes.add_argument("--templates", default="en", help="en, zh, plain, or a file with one a line (default: en)")
     classes.add_argument("--names", metavar="FILE", help="JSON: class of the data -> what it is called in a sentence")
     classes.add_argument("--rerank", type=int, default=10, metavar="K", help="classes that the fusion scores")
+    _add_scoring(classes)
     _add_machine(classes)
+    boxes = jobs.add_parser(
+        "grounding", help="heat maps of texts against boxes", description=GROUNDING, formatter_class=form
+    )
+    boxes.add_argument("--model", required=True, help="folder of an exported model")
+    boxes.add_argument("--data", required=True, help="file of texts with boxes, JSON or JSON lines")
+    boxes.add_argument("--images", help="folder of the pictures (default: where the file lies)")
+    boxes.add_argument("--template", default="{}", help="what labels are written into (default: {}, the label alone)")
+    boxes.add_argument("--layer", type=int, help="of the fusion's cross-attention, from 0 (default: the middle one)")
+    boxes.add_argument("--limit", type=int, help="only the first so many references")
+    _add_max_errors(boxes)
+    _add_machine(boxes)
+
+
+def _add_max_errors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-errors", type=float, default=0.01, metavar="SHARE", help="of the items that may be bad (default: 0.01)"
+    )
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--score-rule", choices=("itm", "itm_probability", "itm+itc"), help="default: as the checkpoint says")
+    add("--pairs", type=int, default=512, help="pairs that pass the fusion at a time (default: 512)")
+    add("--precision", choices=("float32", "bfloat16"), default="float32")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--score-rule", choices=("itm", "itm_probability", "itm+itc"), help="default: as the checkpoint says")
     add("--batch", type=int, default=64, help="pictures that pass the tower at a time (default: 64)")
-    add("--pairs", type=int, default=512, help="pairs that pass the fusion at a time (default: 512)")
-    add("--precision", choices=("float32", "bfloat16"), default="float32")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--out", default="eval-out", help="folder of the results (default: eval-out)")
 
@@ -120,6 +153,32 @@ def zeroshot(arguments: argparse.Namespace) -> int:
     if first:
         facts = {"model": arguments.model, "data": arguments.data, "templates": " | ".join(templates)}
         _deliver(arguments, result, lambda: zeroshot_report(result, records, "Zero-shot classification", facts))
+    return 0
+
+
+def grounding(arguments: argparse.Namespace) -> int:
+    from imglish.checkpoints.native import load
+    from imglish.data.errors import FILE, Errors
+    from imglish.evaluation.encoding import Machine
+    from imglish.evaluation.referring import evaluate_grounding, read_references
+    from imglish.evaluation.task_reports import grounding_report
+    from imglish.objectives.gather import rank
+    from imglish.training.ranks import pick_device, process_group
+
+    device = pick_device(arguments.device)
+    loaded = load(arguments.model)
+    with process_group(device):
+        file = Path(arguments.out) / FILE if rank() == 0 else None
+        errors = Errors(arguments.max_errors, file, what="references")
+        images = Path(arguments.images) if arguments.images else None
+        references = read_references(Path(arguments.data), images, errors, arguments.template)[: arguments.limit]
+        model, machine = loaded.model.to(device), Machine(image_block=arguments.batch)
+        layer = arguments.layer
+        result = evaluate_grounding(model, loaded.tokenizer, references, machine, layer, errors)
+        first = rank() == 0
+    if first:
+        facts = {"model": arguments.model, "data": arguments.data, "items left out": len(errors)}
+        _deliver(arguments, result, lambda: grounding_report(result, references, model, loaded.tokenizer, facts, layer))
     return 0
 
 

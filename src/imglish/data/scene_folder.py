@@ -2,7 +2,8 @@
 
 It holds ``images/SPLIT/*.png``; ``captions.jsonl`` with a line for every picture of the splits ``train``,
 ``seen`` and ``heldout``; ``quadruples.jsonl``, the questions who wears what; ``queries.jsonl``, searches and what they
-should find; and ``scenes.json``, the settings. Equal settings give equal bytes.
+should find; ``boxes.jsonl``, where in the pictures of ``seen`` and ``heldout`` garments are; and ``scenes.json``, the
+settings. Equal settings give equal bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from imglish import atomic
 from imglish.data.records import Record
+from imglish.data.scene_boxes import garment_boxes
 from imglish.data.scene_drawing import SceneImage
 from imglish.data.scene_world import Scene
 from imglish.data.scenes import SceneBenchmark, SceneCaption, SceneConfig, SceneSource, Split
@@ -46,6 +48,8 @@ def write_scenes(
         counts["quadruples"] = _write_lines(folder / "quadruples.jsonl", quadruples)
         queries = (row for split, made in benchmarks.items() for row in _queries(split, made))
         counts["queries"] = _write_lines(folder / "queries.jsonl", queries)
+        boxes = (row for split, made in benchmarks.items() for row in _boxes(split, made, config.size))
+        counts["pictures with boxes"] = _write_lines(folder / "boxes.jsonl", boxes)
         settings = json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=1)
         (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
     return counts
@@ -94,6 +98,12 @@ def _queries(split: Split, made: SceneBenchmark) -> Iterator[dict[str, Any]]:
     for query in made.queries:
         relevant = [_name(split, made.records[number]) for number in query.relevant]
         yield {"texts": query.texts, "worn": [list(item) for item in query.worn], "relevant": relevant, "split": split}
+
+
+def _boxes(split: Split, made: SceneBenchmark, size: int) -> Iterator[dict[str, Any]]:
+    for record, scene in zip(made.records, made.scenes, strict=True):
+        things = [{"label": label, "bbox_xywh": list(box)} for label, box in garment_boxes(scene, size)]
+        yield {"image": _name(split, record), "split": split, "orig_size": [size, size], "objects": things}
 
 
 def _name(split: Split, record: Record) -> str:

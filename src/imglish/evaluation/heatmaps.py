@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from imglish.data.aspect import AspectTransform
 from imglish.data.images import ImageTransform
 from imglish.evaluation.explain import Explanation
-from imglish.evaluation.grounding import enlarge
+from imglish.evaluation.grounding import Box, enlarge
 
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei")
 """The first of these that are installed draw the words; the others have Chinese characters."""
@@ -31,6 +32,25 @@ def over_picture(heat_hw: Tensor, size: tuple[int, int], transform: ImageTransfo
     heat = torch.zeros(height, width)
     heat[upper:lower, left:right] = enlarge(heat_hw, right - left, lower - upper).clamp(min=0)
     return heat
+
+
+def marked(
+    image: Image.Image,
+    heat_hw: Tensor,
+    transform: ImageTransform | AspectTransform,
+    boxes: Sequence[Box],
+    size: tuple[int, int] | None = None,
+) -> Image.Image:
+    """The picture under a heat map, with frames; boxes in pixels of a picture of ``size`` (default: of this one)."""
+    heat = over_picture(heat_hw, image.size, transform)
+    colours = matplotlib.colormaps["jet"]((heat / heat.max().clamp(min=1e-12)).numpy())
+    shown = Image.blend(image, Image.fromarray((255 * colours[..., :3]).astype(np.uint8)), 0.5)
+    canvas = ImageDraw.Draw(shown)
+    across, down = (own / given for own, given in zip(image.size, size or image.size, strict=True))
+    for left, top, width, height in boxes:
+        corners = (left * across, top * down, (left + width) * across, (top + height) * down)
+        canvas.rectangle(corners, outline=(255, 255, 255), width=max(2, image.width // 150))
+    return shown
 
 
 def draw(

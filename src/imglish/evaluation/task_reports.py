@@ -1,16 +1,21 @@
-"""Reports of compositional suites and of zero-shot classification: tables, the best, the most confident mistakes."""
+"""Reports of compositional suites, of zero-shot classification and of grounding: tables, the best, the worst."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imglish.data.images import decode
+from imglish.data.pictures import picture_of
 from imglish.data.records import Record
 from imglish.evaluation.classify import ZeroShotResult
 from imglish.evaluation.compositional import CompositionalResult, Item, record_of
+from imglish.evaluation.explain import ReadsWords, explain
+from imglish.evaluation.heatmaps import marked
+from imglish.evaluation.referring import GroundingResult, Reference
 from imglish.report import Report, Shown
 
 SHOWN = 12
@@ -68,6 +73,45 @@ def zeroshot_report(
     }.items():
         if chosen:
             report.heading(name).pictures([_shown(result, records[i], i, found) for i in chosen], side=SIDE)
+    return report
+
+
+def grounding_report(
+    result: GroundingResult,
+    references: Sequence[Reference],
+    model: nn.Module,
+    tokenizer: ReadsWords,
+    facts: Mapping[str, object],
+    layer: int | None = None,
+) -> Report:
+    """A report of ``result``, which was measured on ``references``; the maps of its examples are made again."""
+    report = Report("Grounding", f"{result.references} references")
+    report.facts({**facts, "maps": result.method})
+    report.heading("Accuracy").table(*result.rows(), "percent; below the maps: answers that need no model")
+    for note in result.notes:
+        report.note(note)
+    rows = [[name or "all", str(count), f"{hits:.1f}"] for name, (count, hits) in result.groups.items()]
+    report.heading("By group").table(["group", "references", "pointing"], rows)
+    known = [(number, one) for number, one in enumerate(result.judged) if one is not None]
+    confident = sorted(known, key=lambda pair: -pair[1].score)
+    hit = [number for number, one in confident if one.points["whole text"]]
+    missed = [number for number, one in confident if not one.points["whole text"]]
+    config: Any = model.config
+    transform = config.image.transform()
+    for title, chosen in {
+        "Points at it, highest score first": hit,
+        "Points elsewhere, highest score first": missed,
+    }.items():
+        shown = []
+        for number in chosen[:SHOWN]:
+            reference, judged = references[number], result.judged[number]
+            assert judged is not None
+            image = decode(reference.image)
+            found = explain(model, tokenizer, picture_of(transform(image), transform), reference.text, layer)
+            picture = marked(image, found.whole, transform, reference.boxes, reference.size)
+            shown.append(Shown(picture, f"{reference.text} ({judged.score:.2f})", judged.points["whole text"]))
+        if shown:
+            report.heading(title).pictures(shown, side=SIDE)
     return report
 
 
