@@ -17,12 +17,12 @@ from imglish.data.batch import Batch, PatchMasks, TextBatch
 from imglish.evaluation.metrics import recalls
 from imglish.generation.beam import BeamRule, search
 from imglish.generation.config import GenerationConfig
-from imglish.models.beit import HALF
 from imglish.models.beit3 import Beit3, Beit3Config, beit3_base, beit3_large
 from imglish.models.beit3_heads import Beit3Classifier, Beit3Nlvr2, Beit3Vqa
+from imglish.models.expert_sizes import HALF
 from imglish.models.multiway import Multiway
 from imglish.models.vit import ImageInput
-from imglish.nn.experts import Packing
+from imglish.nn.packing import Packing
 from imglish.nn.segments import Segments
 from imglish.objectives.itc import itc_loss
 from imglish.objectives.mlm import smoothed_mlm_loss
@@ -239,14 +239,14 @@ def test_pairs_of_pictures(path: Path) -> None:
     model = Beit3Nlvr2(config_of(case), case.config["num_classes"])
     load(case, model, official.nlvr2_table())
     first, second, texts = case.inputs["image_a"], case.inputs["image_b"], texts_of(case)
-    logits = model(first, second, texts)
+    logits = model([first, second], texts)
     check(case, "logits", logits)
     check(case, "acc", (logits.argmax(1) == case.inputs["labels"]).float().mean())
     with torch.no_grad():
         for name, images in (("pair_a", first), ("pair_b", second)):
             states = states_of(model.body, images, texts)
             check_states(case, name, states, len(images), ~case.inputs["padding_mask"].bool())
-    loss = model.loss(first, second, texts, case.inputs["labels"])
+    loss = model.loss([first, second], texts, case.inputs["labels"])
     check(case, "loss", loss)
     loss.backward()
     check_gradients(case, model, official.nlvr2_table())

@@ -300,7 +300,7 @@ def test_reasoning_head(path: Path) -> None:
     model = ViltReasoning(config_of(case).build()).train()
     load(case, model)
     patch, texts = config_of(case).image.patch, texts_of(case.inputs["text_ids"], case.inputs["text_masks"])
-    logits = model(*(pictures_of(case.inputs[f"image_{n}"], patch) for n in (0, 1)), texts)
+    logits = model([pictures_of(case.inputs[f"image_{n}"], patch) for n in (0, 1)], texts)
     check(case, "nlvr2_logits", logits)
     answers: Any = case.inputs["answers"]
     loss = F.cross_entropy(logits, answers)

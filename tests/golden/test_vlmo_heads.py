@@ -73,7 +73,7 @@ def test_reasoning(path: Path) -> None:
     with torch.no_grad():
         for number, images in enumerate(pictures, 1):
             check(case, f"infer{number}.cls_feats", model.pooled(images, texts, number))
-    logits = model(*pictures, texts)
+    logits = model(pictures, texts)
     check(case, "nlvr2_logits", logits)
     loss = F.cross_entropy(logits, case.outputs["nlvr2_labels"].long())
     check(case, "nlvr2_loss", loss)

@@ -1,7 +1,7 @@
 """The form in which imglish exchanges models: a folder of safetensors, JSON and the tokenizer, complete in itself.
 
 model.safetensors   every parameter and persistent buffer by its name
-imglish.json        format version, family, configuration, picture input, score rule, where it comes from
+imglish.json        format version, family, configuration, picture input, score rule, head of a task, where it comes from
 tokenizer.json      the tokenizer with all its settings
 """
 
@@ -23,6 +23,7 @@ from imglish import __version__, atomic
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
 from imglish.models.capabilities import Matches
+from imglish.models.heads import HeadConfig, TaskModel, with_head
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "imglish.json", "tokenizer.json"
@@ -87,6 +88,7 @@ def export(
         "config": registry.to_dict(config),
         "image": asdict(config.image),
         "score_rule": rule,
+        **({"head": asdict(model.head)} if isinstance(model, TaskModel) else {}),
         "meta": dict(meta or {}),
     }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -119,6 +121,8 @@ def load(path: str | Path) -> Loaded:
     description = _description(path)
     config = _config(path, description)
     model = registry.build(config)
+    if "head" in description:
+        model = with_head(model, _head(path, description["head"]))
     try:
         state = load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -189,6 +193,14 @@ def _description(path: Path) -> dict[str, Any]:
     if data["score_rule"] not in SCORE_RULES:
         raise CheckpointError(f"{path / DESCRIPTION}: score rule {data['score_rule']!r} is none of {SCORE_RULES}")
     return data
+
+
+def _head(path: Path, data: Any) -> HeadConfig:
+    try:
+        made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return HeadConfig(**made)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / DESCRIPTION}: the head cannot be used: {error}") from error
 
 
 def _config(path: Path, description: Mapping[str, Any]) -> Any:

@@ -168,7 +168,7 @@ class PairDataset:
             number, caption = self._place(seed, epoch, (item + step) % len(self))
             record = self.records[number]
             try:
-                pixels = self._pixels(number, (seed, epoch, item))
+                pixels = self.pixels(number, (seed, epoch, item))
             except ImageError as error:
                 unreadable.append(Problem(record.key, error.reason, str(error)))
                 continue
@@ -218,8 +218,9 @@ class PairDataset:
             unreadable,
         )
 
-    def _pixels(self, number: int, where: tuple[int, int, int]) -> Picture:
-        """What the model is given of the record's picture."""
+    def pixels(self, number: int, where: tuple[int, int, int], may_flip: bool | None = None) -> Picture:
+        """What the model is given of the picture of record ``number``; where: seed, epoch and item, which decide its
+        random choices; may_flip: default, unless a caption names a side."""
         record = self.records[number]
         if self.regions is not None:
             return self.regions[record.key]
@@ -228,7 +229,8 @@ class PairDataset:
             return np.zeros((0, 0, 3), dtype=np.uint8)
         picture, original = self._picture(number, transform, where)
         rng = stream(*where, Purpose.IMAGE)
-        may_flip = not any(map(mentions_side, record.captions)) if transform.flip else False
+        if may_flip is None:
+            may_flip = not any(map(mentions_side, record.captions)) if transform.flip else False
         pixels = transform(picture, rng, may_flip=may_flip, original=original)
         if self.augment is not None:
             pixels = self.augment(pixels, stream(*where, Purpose.AUGMENT))

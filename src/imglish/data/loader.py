@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,8 +31,16 @@ def epoch_order(items: int, seed: int, epoch: int) -> np.ndarray:
     return stream(seed, epoch, 0, Purpose.ORDER).permutation(items)
 
 
+class Samples(Protocol):
+    """A data set: numbered items, each of which is a sample of its own in every epoch."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, seed: int, epoch: int, item: int) -> Any: ...
+
+
 def training_batches(
-    dataset: PairDataset,
+    dataset: Samples,
     batch_size: int,
     position: Position = Position(),
     *,
@@ -44,8 +53,9 @@ def training_batches(
     errors: Errors | None = None,
     mixgen: MixGen | None = None,
     beside: Beside | None = None,
-) -> Iterator[tuple[Batch, Position]]:
-    """Batches without end from ``position``, each with the position after it.
+    join: Callable[[Sequence[Any]], Any] = collate,
+) -> Iterator[tuple[Any, Position]]:
+    """Batches without end from ``position``, each with the position after it; ``join`` makes them of samples.
 
     batch_size: pairs of all ranks together; rank r takes the r-th of ``world_size`` equal slices. The last items of an
     epoch that fill no batch are left out (other ones each epoch). Order and all random choices come from (seed,
@@ -63,14 +73,15 @@ def training_batches(
     if not 0 <= position.sample <= len(dataset):
         raise ValueError(f"position {position.sample} in a data set of {len(dataset)} items")
     stretches = _Stretches(len(dataset), batch_size, position, seed, rank, world_size)
-    sources, sizes = [(dataset, seed)], []
+    sources: list[tuple[Samples, int]] = [(dataset, seed)]
+    sizes: list[int] = []
     if beside is not None:
         sizes = beside.sizes(world_size)
         sources += [(part, seed + (number << 32)) for number, part in enumerate(beside.datasets, 1)]
     loader = DataLoader(
         _Samples(sources),
         batch_sampler=_Places(stretches, beside, seed),
-        collate_fn=partial(_loaded, mixgen=mixgen, sizes=sizes),
+        collate_fn=partial(_loaded, mixgen=mixgen, sizes=sizes, join=join),
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
@@ -179,13 +190,13 @@ class _Places:
         return iter(_Stretches(items, size, position, seed, self.pairs.rank, self.pairs.world_size))
 
 
-class _Samples(Dataset[Sample]):
+class _Samples(Dataset[Any]):
     """sources: data sets with the seed of each."""
 
-    def __init__(self, sources: Sequence[tuple[PairDataset, int]]) -> None:
+    def __init__(self, sources: Sequence[tuple[Samples, int]]) -> None:
         self.sources = sources
 
-    def __getitem__(self, place: tuple[int, int, int]) -> Sample:
+    def __getitem__(self, place: tuple[int, int, int]) -> Any:
         source, epoch, item = place
         dataset, seed = self.sources[source]
         return dataset.sample(seed, epoch, item)
@@ -195,22 +206,24 @@ class _Samples(Dataset[Sample]):
 class _Loaded:
     """A batch with the pictures that could not be read for it."""
 
-    batch: Batch
+    batch: Any
     unreadable: tuple[Problem, ...]
 
     def pin_memory(self) -> _Loaded:
         return _Loaded(self.batch.pin_memory(), self.unreadable)
 
 
-def _loaded(samples: Sequence[Sample], mixgen: MixGen | None, sizes: Sequence[int]) -> _Loaded:
+def _loaded(
+    samples: Sequence[Any], mixgen: MixGen | None, sizes: Sequence[int], join: Callable[[Sequence[Any]], Any]
+) -> _Loaded:
     """sizes: how many of the last samples are pictures alone and texts alone; empty where there are none."""
     pairs = samples[: len(samples) - sum(sizes)]
-    batch = collate(pairs if mixgen is None else mixgen.join(pairs))
+    batch = join(pairs if mixgen is None else mixgen.join(pairs))
     if sizes:
         alone = samples[len(pairs) :]
         batch = replace(batch, unpaired=collate_unpaired(alone[: sizes[0]], alone[sizes[0] :]))
     problems = tuple(problem for sample in samples for problem in sample.unreadable)
-    return _Loaded(replace(batch, mixed=mixgen.every if mixgen is not None else 0), problems)
+    return _Loaded(batch if mixgen is None else replace(batch, mixed=mixgen.every), problems)
 
 
 def _start_worker(_: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 _TRUTH = {"true": True, "false": False}
@@ -39,9 +39,12 @@ def sentence_of(identifier: str) -> str:
 
 
 def reasoning_scores(
-    labels: Mapping[str, str | bool] | Iterable[tuple[str, str | bool]], predictions: Mapping[str, str | bool]
+    labels: Mapping[str, str | bool] | Mapping[str, str] | Iterable[tuple[str, str | bool]],
+    predictions: Mapping[str, str | bool] | Mapping[str, str],
+    sentence_of: Callable[[str], str] = sentence_of,
 ) -> ReasoningScores:
-    """Scores of ``predictions`` (identifier -> label) against ``labels``, a mapping or pairs of the same.
+    """Scores of ``predictions`` (identifier -> label) against ``labels``, a mapping or pairs of the same; sentence_of:
+    identifier -> the sentence that it is about.
 
     Raises :class:`ReasoningError` on an example that comes twice or has no prediction, and on labels of other words.
     """

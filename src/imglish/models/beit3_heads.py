@@ -5,13 +5,15 @@ Retrieval and captioning are objectives of :class:`imglish.models.beit3.Beit3` i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imglish.data.batch import TextBatch
 from imglish.models.multiway import Multiway, MultiwayConfig, init_multiway
-from imglish.nn.experts import Packing
+from imglish.nn.packing import Packing
 from imglish.nn.segments import Segments
 
 
@@ -50,14 +52,14 @@ class Beit3Vqa(nn.Module):
 
 
 class Beit3Nlvr2(nn.Module):
-    """Is a statement true of two pictures? Each picture is read beside the statement; an MLP looks at both."""
+    """Is a statement true of two (or more) pictures? Each is read beside the statement; an MLP looks at all."""
 
-    def __init__(self, config: MultiwayConfig, classes: int = 2) -> None:
+    def __init__(self, config: MultiwayConfig, classes: int = 2, pictures: int = 2) -> None:
         super().__init__()
         width = config.width
         self.body = Multiway(config)
-        self.norm1 = nn.LayerNorm(4 * width)
-        self.dense1 = nn.Linear(4 * width, 2 * width)
+        self.norm1 = nn.LayerNorm(2 * pictures * width)
+        self.dense1 = nn.Linear(2 * pictures * width, 2 * width)
         self.norm2 = nn.LayerNorm(2 * width)
         self.dense2 = nn.Linear(2 * width, classes)
         for layer in (self.dense1, self.dense2):
@@ -65,20 +67,20 @@ class Beit3Nlvr2(nn.Module):
             with torch.no_grad():
                 layer.weight.mul_(0.001)
 
-    def forward(self, first: Tensor, second: Tensor, statements: TextBatch) -> Tensor:
-        """Statement b about pictures ``first[b]`` and ``second[b]`` -> logits ``(B, classes)``; both pairs of a
+    def forward(self, images: Sequence[Tensor], statements: TextBatch) -> Tensor:
+        """Statement b about pictures ``images[0][b]``, ``images[1][b]``, ... -> logits ``(B, classes)``; all pairs of a
         statement pass the body together, the statement is embedded once."""
-        count, segments = len(statements), statements.segments
-        pictures = self.body.picture_rows(torch.cat([first, second]))
+        segments, times = statements.segments, len(images)
+        pictures = self.body.picture_rows(torch.cat(list(images)))
         rows = self.body.text_rows(statements)
-        states = self.body.pairs(pictures, torch.cat([rows, rows]), segments + segments)  # (2 B, 2, D)
-        x = torch.cat([states[:count].flatten(1), states[count:].flatten(1)], dim=1)
+        states = self.body.pairs(pictures, rows.repeat(times, 1), Segments(segments.lengths * times))  # (n B, 2, D)
+        x = torch.cat([part.flatten(1) for part in states.split(len(statements))], dim=1)
         logits: Tensor = self.dense2(F.gelu(self.norm2(self.dense1(self.norm1(x)))))
         return logits
 
-    def loss(self, first: Tensor, second: Tensor, statements: TextBatch, labels: Tensor) -> Tensor:
+    def loss(self, images: Sequence[Tensor], statements: TextBatch, labels: Tensor) -> Tensor:
         """Cross-entropy against ``labels (B,)``, mean."""
-        return F.cross_entropy(self(first, second, statements).float(), labels)
+        return F.cross_entropy(self(images, statements).float(), labels)
 
 
 class Beit3Classifier(nn.Module):

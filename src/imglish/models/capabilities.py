@@ -12,7 +12,9 @@ from imglish.data.batch import Batch, MaskedTexts, TextBatch
 from imglish.nn.segments import Ragged, Segments
 
 if TYPE_CHECKING:
+    from imglish.data.pictures import Pictures
     from imglish.models.captioning import CaptionForm, CaptionState
+    from imglish.models.heads import HeadConfig
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,18 @@ class FillsMasks(Protocol):
     def fill_masks(self, tokens: Any, masked: MaskedTexts, segments: Segments) -> Tensor:
         """Logits ``(M, V)`` of the masked rows; text b (``segments``) looks at picture b of ``tokens``, which are as
         the model gave them."""
+        ...
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """Chooses among classes for a text with its pictures; a head that fine-tuning has put on a model."""
+
+    @property
+    def head(self) -> HeadConfig: ...
+
+    def classify(self, images: Sequence[Pictures], texts: TextBatch) -> Tensor:
+        """Logits ``(B, C)`` over ``head.classes``; ``images[n]``: the n-th picture of each of the B texts."""
         ...
 
 

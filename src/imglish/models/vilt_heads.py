@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -55,18 +56,18 @@ class ViltAnswers(_Task):
 
 
 class ViltReasoning(_Task):
-    """NLVR2: is the sentence true of both pictures? The pair method: the text is read with each of them."""
+    """NLVR2: is the sentence true of the pictures? The pair method: the text is read with each of them."""
 
-    def __init__(self, vilt: Vilt) -> None:
+    def __init__(self, vilt: Vilt, pictures: int = 2, classes: int = 2) -> None:
         super().__init__(vilt)
-        if vilt.config.types < 3:
-            raise ValueError("two pictures need a token type each: set types=3")
+        if vilt.config.types < 1 + pictures:
+            raise ValueError(f"{pictures} pictures need a token type each: set types={1 + pictures}")
         width = vilt.config.width
-        self.head = two_layers(2 * width, 2 * width, 2)
+        self.head = two_layers(pictures * width, 2 * width, classes)
 
-    def forward(self, first: Pictures, second: Pictures, texts: TextBatch) -> Tensor:
-        """Logits ``(N, 2)``, column 1 = true."""
-        pooled = [self.pooled(pictures, texts, kind) for kind, pictures in ((1, first), (2, second))]
+    def forward(self, images: Sequence[Pictures], texts: TextBatch) -> Tensor:
+        """Logits ``(N, classes)``, column 1 = true; ``images[n]``: the n-th picture of each text."""
+        pooled = [self.pooled(pictures, texts, kind) for kind, pictures in enumerate(images, 1)]
         return cast(Tensor, self.head(torch.cat(pooled, dim=1)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -46,16 +47,16 @@ class VlmoAnswers(_Task):
 
 
 class VlmoReasoning(_Task):
-    """NLVR2: is the sentence true of both pictures? The text is read with each of them."""
+    """NLVR2: is the sentence true of the pictures? The text is read with each of them."""
 
-    def __init__(self, vlmo: Vlmo) -> None:
+    def __init__(self, vlmo: Vlmo, pictures: int = 2, classes: int = 2) -> None:
         super().__init__(vlmo)
-        if vlmo.config.types < 3:
-            raise ValueError("two pictures need a token type each: set types=3")
+        if vlmo.config.types < 1 + pictures:
+            raise ValueError(f"{pictures} pictures need a token type each: set types={1 + pictures}")
         width = vlmo.config.width
-        self.head = two_layers(2 * width, 2 * width, 2)
+        self.head = two_layers(pictures * width, 2 * width, classes)
 
-    def forward(self, first: Tensor, second: Tensor, texts: TextBatch) -> Tensor:
-        """Logits ``(B, 2)``, column 1 = true."""
-        pooled = [self.pooled(images, texts, IMAGE + number) for number, images in enumerate((first, second))]
+    def forward(self, images: Sequence[Tensor], texts: TextBatch) -> Tensor:
+        """Logits ``(N, classes)``, column 1 = true; ``images[n]``: the n-th picture of each text."""
+        pooled = [self.pooled(pictures, texts, kind) for kind, pictures in enumerate(images, IMAGE)]
         return cast(Tensor, self.head(torch.cat(pooled, dim=1)))

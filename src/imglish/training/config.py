@@ -14,6 +14,8 @@ from imglish.data.sources import SourceOptions
 from imglish.data.text import CaptionStyle
 from imglish.training.settings import SettingsError, fill, read_mapping
 
+TaskName = Literal["vqa", "nlvr2", "entailment"]
+
 
 def _between(key: str, value: float, low: float, high: float, hint: str = "") -> None:
     if not low <= value <= high:
@@ -139,7 +141,8 @@ class OptimiserRecipe:
     """AdamW. lr: highest learning rate; temperature_lr: that of temperatures and logit scales (None: the same), whose
     steps must stay small beside their value, a few hundredths in ALBEF; only: names of the parameters that are trained,
     with * for any part, all others stay as they are (None: all are trained); layer_decay: each layer learns at this
-    share of the rate of the layer above it (BEiT; fine-tuning); decay_embeddings: also decay embedding tables and
+    share of the rate of the layer above it (BEiT; fine-tuning); head_factor: rate of the head that a task puts on, as a
+    multiple of the others' (VQA of ViLT 10, of VLMo and BEiT-3 20); decay_embeddings: also decay embedding tables and
     positions (as published); clip_norm: largest norm of the gradient (None: not clipped)."""
 
     lr: float = 3e-4
@@ -151,6 +154,7 @@ class OptimiserRecipe:
     temperature_lr: float | None = None
     only: tuple[str, ...] | None = None
     layer_decay: float | None = None
+    head_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.lr <= 0.1:
@@ -164,6 +168,7 @@ class OptimiserRecipe:
         _positive("temperature_lr", self.temperature_lr)
         _between("weight_decay", self.weight_decay, 0, 1)
         _positive("clip_norm", self.clip_norm)
+        _positive("head_factor", self.head_factor)
         if self.layer_decay is not None:
             _between("layer_decay", self.layer_decay, 0.01, 1)
 
@@ -240,10 +245,44 @@ class ValidationRecipe:
     regions: str | None = None
 
     def __post_init__(self) -> None:
+        if self.split is not None and self.split.lower().replace("_", "").replace("-", "").startswith("test"):
+            raise SettingsError(
+                "split",
+                f"{self.split!r}: the best model is chosen by validation, and a test split must not choose; use val "
+                "and measure the test split once, by imglish eval",
+            )
         _positive("every", self.every)
         _positive("limit", self.limit)
         _between("captions", self.captions, 0, 1_000_000)
         _between("rerank", self.rerank, 0, 1_000_000)
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """What a model is fine-tuned for (docs/tasks.md). name: a task with a head of its own, None: the model's own
+    objectives on pairs; head: a choice among "classes", or "answers" that are written; answers: file of the classes or
+    candidate answers (None: the ``most_answers`` most frequent training answers, or the classes of the task); pictures:
+    to a text (None: as the task has them); annotations: second file of VQA v2, validation_annotations: that of the
+    validation; hold_out: share of the training data held out for validation, by picture; alpha: weight of what the
+    momentum copy says in place of the labels (0: no copy).
+    """
+
+    name: TaskName | None = None
+    head: Literal["classes", "answers"] = "classes"
+    answers: str | None = None
+    most_answers: int = 3129
+    pictures: int | None = None
+    annotations: str | None = None
+    validation_annotations: str | None = None
+    hold_out: float = 0.0
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        _between("most_answers", self.most_answers, 2, 1_000_000)
+        if self.pictures is not None:
+            _between("pictures", self.pictures, 1, 16)
+        _between("hold_out", self.hold_out, 0, 0.9)
+        _between("alpha", self.alpha, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -270,6 +309,7 @@ class Recipe:
     targets: str | None = None
     output: str = "runs/train"
     seed: int = 0
+    task: TaskRecipe = TaskRecipe()
     data: DataRecipe = DataRecipe()
     tokenizer: TokenizerRecipe = TokenizerRecipe()
     batch: BatchRecipe = BatchRecipe()

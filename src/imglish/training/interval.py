@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from imglish.data.batch import Batch
+from imglish.data.tasks.batch import TaskBatch
 from imglish.objectives.itm import itm_prior_entropy
 from imglish.training.alarms import Chance, itc_chance
 from imglish.training.ranks import mean_over_ranks
@@ -30,15 +31,16 @@ class Interval:
         self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None
 
-    def add(self, names: Sequence[str], values: Tensor, batch: Batch) -> None:
+    def add(self, names: Sequence[str], values: Tensor, batch: Batch | TaskBatch) -> None:
         """One step's ``values (K,)`` under ``names``, the same names in every step."""
         if self._sums is not None and tuple(names) != self._names:
             raise ValueError(f"losses changed their names from {self._names} to {tuple(names)}")
         self._names = tuple(names)
         self._sums = values.clone() if self._sums is None else self._sums.add_(values)
         self.steps += 1
-        self.swapped = batch.swapped is not None
-        self.captions = batch.captions
+        if isinstance(batch, Batch):
+            self.swapped = batch.swapped is not None
+            self.captions = batch.captions
 
     def means(self) -> dict[str, float]:
         """Means over steps and ranks; waits for the device."""

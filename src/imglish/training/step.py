@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from imglish.data.batch import Batch, MaskedTexts, PatchMasks, TextBatch, Unpaired
+from imglish.data.tasks.batch import TaskBatch
 from imglish.models.capabilities import Contrastive, Embedded, Trainable, require
 from imglish.nn.segments import Segments
 from imglish.objectives.gather import rank, world_size
@@ -29,7 +30,7 @@ Losses = dict[str, Tensor]
 SURROGATE = "itc"  # name under which `Embedded.surrogate` stands among the losses, whatever the contrast is called
 
 
-def split(batch: Batch, parts: int) -> list[Batch]:
+def split(batch: Batch | TaskBatch, parts: int) -> list[Batch | TaskBatch]:
     """``batch`` (on the host or a device) as ``parts`` batches of equal size; packed rows are cut as views.
 
     Every part knows the whole, so that means over words and patches are those of the whole (:meth:`Batch.mean`).
@@ -42,7 +43,9 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [_part(batch, slice(i * size, (i + 1) * size)) for i in range(parts)]
 
 
-def _part(batch: Batch, pairs: slice) -> Batch:
+def _part(batch: Batch | TaskBatch, pairs: slice) -> Batch | TaskBatch:
+    if isinstance(batch, TaskBatch):
+        return batch.part(pairs)
     texts = slice(pairs.start * batch.captions, pairs.stop * batch.captions)
     return replace(
         batch,
@@ -104,7 +107,7 @@ class _Summed(nn.Module):
         self.model = model
 
     def forward(
-        self, batch: Batch, teacher: Any, feature_grads: Embedded | None, share: float, also: Sequence[nn.Parameter]
+        self, batch: Any, teacher: Any, feature_grads: Embedded | None, share: float, also: Sequence[nn.Parameter]
     ) -> tuple[Tensor, Losses]:
         losses: Losses = self.model(batch, teacher, feature_grads)
         terms = [
@@ -134,7 +137,7 @@ class Stepper:
     it and frozen (data-parallel training waits for the gradient of every parameter). Their names are in ``idle``.
     """
 
-    def __init__(self, model: nn.Module, teacher: Any, settings: StepSettings, probe: Batch | None = None) -> None:
+    def __init__(self, model: nn.Module, teacher: Any, settings: StepSettings, probe: Any = None) -> None:
         self.model, self.teacher, self.settings = model, teacher, settings
         self.device = next(model.parameters()).device
         require(model, Trainable, "training")
@@ -150,7 +153,7 @@ class Stepper:
             keywords: dict[str, Any] = {unsynced: False}
             self._summed = DistributedDataParallel(self._summed, **keywords)
 
-    def __call__(self, batch: Batch, step: int) -> Losses:
+    def __call__(self, batch: Any, step: int) -> Losses:
         """Gradients of the mean over the global batch, from this rank's ``batch``; returns the losses, detached."""
         parts = split(batch, self.settings.parts)
         moved = [part.to(self.device, non_blocking=True).blended() for part in parts]
@@ -162,7 +165,7 @@ class Stepper:
             return {name: value.detach() for name, value in losses.items()}
         return self._accumulate(moved, step)
 
-    def _accumulate(self, parts: list[Batch], step: int) -> Losses:
+    def _accumulate(self, parts: list[Any], step: int) -> Losses:
         if self._contrastive is None:
             return self._add_up(parts, step)
         cached: list[Embedded] = []
@@ -187,7 +190,7 @@ class Stepper:
 
     def _add_up(
         self,
-        parts: list[Batch],
+        parts: list[Any],
         step: int,
         grads: Sequence[Embedded | None] | None = None,
         also: Sequence[nn.Parameter] = (),
@@ -205,7 +208,7 @@ class Stepper:
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(parts)
         return sums
 
-    def _freeze_idle(self, batch: Batch) -> list[str]:
+    def _freeze_idle(self, batch: Any) -> list[str]:
         """Switch off the gradient of parameters that no loss reaches; weights, buffers and queue stay as they are."""
         teacher = copy.deepcopy(self.teacher)  # the run's own must not remember this batch
         buffers = [buffer.clone() for buffer in self.model.buffers()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,28 @@ def write_report(
     model: nn.Module,
     plan: Plan,
     events: Events,
-    written: CaptioningResult | None,
-    materials: Materials,
+    findings: Callable[[Report, Events], None],
 ) -> Path:
-    """Write `report.html` of a finished run from what its log holds; returns its path.
-
-    written: captions of the model at its end for the first validation pictures of ``materials``, if it writes some.
-    """
+    """Write `report.html` of a finished run from what its log holds; returns its path. findings: what the validations
+    found, added to the report."""
     steps = [event for event in events if event["event"] == "step"]
     name = recipe.model.get("name", recipe.model.get("init"))
     report = Report(f"Training of {name}", str(folder))
     report.facts(_facts(recipe, model, plan, steps, events))
     _alarms(report, events)
     report.heading("Losses").charts(_loss_charts(steps, [e for e in events if e["event"] == "validation"]))
-    _validation(report, events)
-    if written is not None:
-        _captions(report, events, written, materials)
+    findings(report, events)
     report.heading("Course of the run").charts(_course_charts(steps))
     report.heading("Settings").table(["setting", "value"], flat(recipe.to_dict()))
     return report.save(folder / "report.html")
+
+
+def add_retrieval(report: Report, events: Events, *, written: CaptioningResult | None, materials: Materials) -> None:
+    """Recalls on the validation pairs; and captions of the model at its end for the first validation pictures of
+    ``materials``, if it writes some."""
+    _validation(report, events)
+    if written is not None:
+        _captions(report, events, written, materials)
 
 
 def flat(settings: Mapping[str, Any], where: str = "") -> list[tuple[str, str]]:
@@ -65,11 +68,15 @@ def _facts(recipe: Recipe, model: nn.Module, plan: Plan, steps: Events, events: 
     for event in events:
         if event["event"] == "start":
             facts |= {"training pairs": event["pairs"], "computed on": event["where"]}
+        if event["event"] == "work":
+            facts["work"] = f"{event['flops_per_pair'] / 1e9:.2f} GFLOP a pair (first step)"
     if steps:
         rates = sorted(event["pairs_per_second"] for event in steps)
         waiting = sum(event["waiting_for_data"] for event in steps) / len(steps)
         facts["time"] = f"{steps[-1]['seconds'] / 60:.1f} minutes"
-        facts["rate"] = f"{rates[len(rates) // 2]:.0f} pairs a second (median)"
+        rate = rates[len(rates) // 2]
+        facts["rate"] = f"{rate:.0f} pairs a second, {1000 / rate:.1f} s for 1,000 pairs (median)"
+        facts["peak memory"] = f"{steps[-1]['memory_gib']:.2f} GiB"
         facts["waiting for data"] = f"{waiting:.1%} of the time"
         facts["final losses"] = ", ".join(f"{k} {v:.3f}" for k, v in steps[-1]["losses"].items())
     return facts

@@ -17,17 +17,17 @@ from torch import nn
 from imglish import atomic
 from imglish.checkpoints.native import export, load_weights
 from imglish.data.batch import Batch
-from imglish.data.dataset import PairDataset
 from imglish.data.errors import FILE as ERRORS
 from imglish.data.errors import Errors
-from imglish.data.loader import Position, training_batches
+from imglish.data.loader import Position
 from imglish.data.records import Record
-from imglish.evaluation.captions import CaptioningResult
 from imglish.objectives.gather import rank, world_size
 from imglish.training.alarms import FiniteWatch, LearningWatch, LossNotFinite
 from imglish.training.average import WeightAverage
 from imglish.training.checkpoint import CheckpointFolder, SaveClock, require_same
 from imglish.training.config import Plan, Recipe, plan
+from imglish.training.cost import flop_counter, peak_memory
+from imglish.training.finetuning import TaskWork
 from imglish.training.interval import Interval
 from imglish.training.journal import Journal
 from imglish.training.optim import (
@@ -41,22 +41,12 @@ from imglish.training.optim import (
 )
 from imglish.training.ranks import Agreement, pick_device, process_group
 from imglish.training.settings import SettingsError
-from imglish.training.setup import (
-    Materials,
-    beside_pairs,
-    compile_towers,
-    gather_materials,
-    make_teacher,
-    mixtures,
-    new_model,
-    pair_dataset,
-)
+from imglish.training.setup import Materials, compile_towers, make_teacher
 from imglish.training.signals import Interrupted, StopSignal
 from imglish.training.step import Stepper, StepSettings
-from imglish.training.validation import check_validation, validate, validate_captions
+from imglish.training.work import PairWork, Work
 
 GRADIENT = "gradient norm"
-SHOWN = 12  # pictures with captions in the report of a model that writes some
 
 
 @dataclass(frozen=True)
@@ -101,24 +91,37 @@ def train(
 
 def check(recipe: Recipe) -> list[str]:
     """What ``recipe`` would do, in lines of text, without training: the data are read, the model is built."""
-    materials = gather_materials(recipe, None, None, None)
-    dataset = pair_dataset(recipe, materials)
-    found = plan(recipe, len(dataset), queue_size=_queue_size(materials.config))
-    model = new_model(materials, recipe.seed)
-    check_validation(model, materials, recipe)
+    work = work_of(recipe)
+    found = plan(recipe, work.items, queue_size=_queue_size(recipe, work.materials.config))
+    model = work.new_model()
+    work.check(model)
     parameters = sum(p.numel() for p in model.parameters())
-    tokens = "" if materials.words is None else f", {materials.words.vocab_size} tokens"
+    words = work.materials.words
+    tokens = "" if words is None else f", {words.vocab_size} tokens"
     return [
         f"{parameters / 1e6:.1f} M parameters{tokens}",
-        f"{len(dataset)} training pairs, {len(materials.validation)} validation pictures",
+        work.told(),
         f"{found.steps} steps, {found.steps_per_epoch} an epoch, validation every {found.validate_every}",
         "the recipe can run",
     ]
 
 
-def _queue_size(config: Any) -> int:
-    """Of the momentum queue; 0 for models without a teacher."""
-    return int(getattr(getattr(config, "teacher", None), "queue_size", 0))
+def _queue_size(recipe: Recipe, config: Any) -> int:
+    """Of the momentum queue; 0 for models without a teacher, and for tasks, whose teacher has none."""
+    return 0 if recipe.task.name is not None else int(getattr(getattr(config, "teacher", None), "queue_size", 0))
+
+
+def work_of(
+    recipe: Recipe,
+    records: Sequence[Record] | None = None,
+    validation: Sequence[Record] | None = None,
+    resumed: dict[str, Any] | None = None,
+    errors_file: Path | None = None,
+) -> Work:
+    """What the recipe trains on: a task with a head of its own, or pairs (see :func:`train`)."""
+    if recipe.task.name is None:
+        return PairWork(recipe, records, validation, resumed, errors_file)
+    return TaskWork(recipe, resumed, errors_file)
 
 
 class Run:
@@ -142,19 +145,19 @@ class Run:
         errors_file = self.folder / (ERRORS if rank() == 0 else f"errors-{rank()}.csv")
         self.errors = Errors(recipe.data.source.max_errors, errors_file)
         first = errors_file if rank() == 0 else None  # all processes read the same data
-        self.materials: Materials = gather_materials(recipe, records, validation, resumed, first)
+        self.work: Work = work_of(recipe, records, validation, resumed, first)
+        self.materials: Materials = self.work.materials
         self.digest = self.materials.digest
         if resumed is not None:
             require_same(resumed, recipe.to_dict(), self.digest, self.checkpoints.folder)
-        self.dataset: PairDataset = pair_dataset(recipe, self.materials)
-        self.beside = beside_pairs(recipe, self.materials)
-        self.plan: Plan = plan(recipe, len(self.dataset), world_size(), _queue_size(self.materials.config))
+        queue = _queue_size(recipe, self.materials.config)
+        self.plan: Plan = plan(recipe, self.work.items, world_size(), queue)
 
         # ---- model, teacher, average, optimiser ----
-        self.model: nn.Module = new_model(self.materials, recipe.seed).to(device).train()
+        self.model: nn.Module = self.work.new_model().to(device).train()
         if recipe.optimiser.only is not None:
             train_only(self.model, recipe.optimiser.only)
-        check_validation(self.model, self.materials, recipe)
+        self.work.check(self.model)
         self.teacher = make_teacher(self.model, self.materials)
         self.clamp: Callable[[], None] = getattr(self.model, "clamp_", lambda: None)  # temperatures, after each step
         self.average = None if recipe.average is None else WeightAverage(self.model, recipe.average)
@@ -169,7 +172,6 @@ class Run:
         # ---- where the run stands ----
         self.step = 0
         self.validated = 0
-        self.written: CaptioningResult | None = None
         self.saved: int | None = None
         self.best: dict[str, Any] = {}
         self.seconds = 0.0
@@ -210,14 +212,14 @@ class Run:
         if self.step < self.plan.steps:
             return Result(self.step, self.folder, None, self.best, self.stop.came or "a signal", self.journal.events)
         exported = self.folder / "model"
-        written = self.written or self._write_captions(SHOWN)  # those of the last validation, if it made some
+        findings = self.work.finish(self._evaluated())
         if rank() == 0:
             from imglish.training.summary import write_report  # matplotlib takes half a second, so only at the end
 
             export(exported, self._evaluated(), self.materials.words, self._provenance())
             if not any(event["event"] == "end" for event in self.journal.events):
                 self.journal.write("end", self.step, seconds=self._elapsed(), best=self.best)
-            write_report(self.folder, self.recipe, self.model, self.plan, self.journal.events, written, self.materials)
+            write_report(self.folder, self.recipe, self.model, self.plan, self.journal.events, findings)
         return Result(self.step, self.folder, exported, self.best, None, self.journal.events, self.stop.came)
 
     def _train_step(self, batches: Iterator[tuple[Batch, Position]]) -> None:
@@ -231,7 +233,7 @@ class Run:
         lr = learning_rate(self.step, self.plan.steps, self.recipe.optimiser.lr, self.recipe.schedule)
         set_learning_rate(self.optimiser, lr)
 
-        losses = self.stepper(batch, self.step)
+        losses = self.stepper(batch, self.step) if self.step else self._first_step(batch)
         norm = clip_gradients(self.model.parameters(), self.recipe.optimiser.clip_norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -251,6 +253,15 @@ class Run:
         stop, save = self.agreement.say(int(self.stop.came is not None), int(due))
         self.agreed_stop, self.agreed_save = bool(stop), bool(save)
 
+    def _first_step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The losses of the first batch, and a line with the FLOPs of its forward and backward passes."""
+        if self.recipe.compute.compile:
+            return self.stepper(batch, 0)
+        with flop_counter() as counter:
+            losses = self.stepper(batch, 0)
+        self.journal.write("work", 1, flops_per_pair=counter.get_total_flops() / len(batch))
+        return losses
+
     # ---- telling ----------------------------------------------------------------------------------------------------
 
     def _announce(self) -> None:
@@ -263,9 +274,9 @@ class Run:
         if self.resumed:
             self.journal.say(f"continuing {self.folder} at step {self.step} of {self.plan.steps}")
         else:
-            self.journal.write("start", 0, model=str(name), parameters=parameters, pairs=len(self.dataset), where=where)
+            self.journal.write("start", 0, model=str(name), parameters=parameters, pairs=self.work.items, where=where)
         self.journal.say(
-            f"{name}: {parameters / 1e6:.1f} M parameters on {where}; {len(self.dataset)} pairs, "
+            f"{name}: {parameters / 1e6:.1f} M parameters on {where}; {self.work.items} pairs, "
             f"{self.plan.steps} steps of {self.recipe.batch.size}, {self.plan.steps_per_epoch} an epoch"
         )
         if self.stepper.idle:
@@ -294,8 +305,7 @@ class Run:
         }
         if len(self.errors):
             entry["unreadable"] = dict(self.errors.counts)
-        if self.device.type == "cuda":
-            entry["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        entry["memory_gib"] = peak_memory(self.device)
         self.journal.write("step", self.step, **entry)
         self.journal.show(means)
         pairs = getattr(self.model, "itm_pairs", (1, 2))  # matching and other ones a picture: ALBEF's, or its own
@@ -308,31 +318,25 @@ class Run:
 
     def _validate_if_due(self) -> None:
         due = self.plan.validates(self.step) and self.validated != self.step and not self.agreed_stop
-        if not self.materials.validation or not due:
+        if not self.work.validates or not due:
             return
         began = time.perf_counter()
         try:
             with self.stop.breakable(world_size() == 1):
-                found = validate(self._evaluated(), self.teacher, self.materials, self.recipe, self.errors)
-                self.written = self._write_captions(self.recipe.validation.captions)
+                found = self.work.validate(self._evaluated(), self.teacher, self.errors)
         except Interrupted:
             self.agreed_stop = True
             return
         self.validated = self.step
-        captions = {} if self.written is None else {"captions": self.written.metrics}
-        self.journal.write("validation", self.step, epoch=self.plan.epochs(self.step), **found.entry, **captions)
+        entry = {**found.entry, **found.beside}
+        self.journal.write("validation", self.step, epoch=self.plan.epochs(self.step), **entry)
         better = found.better(self.best)
-        cider = "" if self.written is None else f", CIDEr-D {self.written.metrics['cider']:.1f}"
-        self.journal.say(f"step {self.step}: {found.text}{', the best so far' * better}{cider}")
+        self.journal.say(f"step {self.step}: {found.text}{', the best so far' * better}")
         if better:
             self.best = found.as_best(self.step)
             if rank() == 0:
                 export(self.folder / "best", self._evaluated(), self.materials.words, self._provenance())
         self.interval.began += time.perf_counter() - began  # rates speak of training alone
-
-    def _write_captions(self, limit: int) -> CaptioningResult | None:
-        """Captions of the first validation pictures, where the model writes some and there are pictures."""
-        return validate_captions(self._evaluated(), self.materials, self.recipe, limit)
 
     def _save_if_due(self) -> None:
         ends = self.step in (0, self.plan.steps) or self.agreed_stop or self.agreed_save
@@ -382,19 +386,8 @@ class Run:
 
     # ---- small things -----------------------------------------------------------------------------------------------
 
-    def _batches(self, workers: int) -> Iterator[tuple[Batch, Position]]:
-        return training_batches(
-            self.dataset,
-            self.recipe.batch.size,
-            self.position,
-            seed=self.recipe.seed,
-            rank=rank(),
-            world_size=world_size(),
-            workers=workers,
-            errors=self.errors,
-            mixgen=mixtures(self.recipe, self.materials),
-            beside=self.beside,
-        )
+    def _batches(self, workers: int) -> Iterator[tuple[Any, Position]]:
+        return self.work.batches(self.position, workers, self.errors)
 
     def _networks(self) -> list[nn.Module]:
         """The model and its copies."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -24,17 +24,19 @@ from imglish.training.setup import Materials, pair_dataset
 
 @dataclass(frozen=True)
 class Validated:
-    """What a validation found. entry: for the log; measure: what decides which one is better, ``r_mean`` (mean recall,
-    percent) or ``loss``; value: of it; text: for people."""
+    """What a validation found. entry: for the log; measure: what decides which one is better, ``loss`` or something of
+    which more is better (``r_mean``, mean recall in percent); value: of it; text: for people; beside: for the log too,
+    but not remembered of the best one."""
 
     entry: dict[str, Any]
     measure: str
     value: float
     text: str
+    beside: dict[str, Any] = field(default_factory=dict)
 
     def better(self, best: dict[str, Any]) -> bool:
         """Than the best so far, empty for none."""
-        return not best or (self.value - best[self.measure]) * (1 if self.measure == "r_mean" else -1) > 0
+        return not best or (self.value - best[self.measure]) * (-1 if self.measure == "loss" else 1) > 0
 
     def as_best(self, step: int) -> dict[str, Any]:
         return {"step": step, self.measure: self.value, **self.entry}

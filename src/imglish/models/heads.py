@@ -1,0 +1,202 @@
+"""Models of tasks: a pre-trained model of any family with the head that its paper puts on it.
+
+A :class:`HeadConfig` says what the head is for; :func:`with_head` puts it on. Which families can is a table, so a job
+asks for the task and never for a class name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imglish.data.batch import TextBatch
+from imglish.data.pictures import Pictures
+from imglish.data.tasks.batch import TaskBatch
+from imglish.models.albef import Albef
+from imglish.models.albef_heads import AlbefEntailment, AlbefReasoning
+from imglish.models.beit3 import Beit3
+from imglish.models.beit3_heads import Beit3Nlvr2, Beit3Vqa
+from imglish.models.blip import Blip
+from imglish.models.blip_heads import BlipClassifier, BlipReasoning
+from imglish.models.capabilities import Embedded, MissingCapabilityError
+from imglish.models.vilt import Vilt
+from imglish.models.vilt_heads import ViltAnswers, ViltReasoning
+from imglish.models.vlmo import Vlmo
+from imglish.models.vlmo_heads import VlmoAnswers, VlmoReasoning
+from imglish.objectives.gather import global_mean
+from imglish.objectives.mlm import mlm_loss
+from imglish.objectives.momentum import MomentumTeacher, TeacherConfig
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What a task model answers.
+
+    task: name of the task; form: "classes", one of ``classes`` is chosen, or "answers", a text is written (``classes``
+    are then the candidates that it is ranked among). soft: several classes may be right, each to a degree (binary
+    cross-entropy); pictures: to a text; alpha: weight of what the momentum copy says in place of the labels, reached
+    over the first epoch (0: no copy), and its momentum.
+    """
+
+    task: str
+    form: Literal["classes", "answers"] = "classes"
+    classes: tuple[str, ...] = ()
+    soft: bool = False
+    pictures: int = 1
+    alpha: float = 0.0
+    momentum: float = 0.995
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"{len(set(self.classes))} different classes of {len(self.classes)}: a choice needs two")
+        if self.pictures < 1:
+            raise ValueError(f"pictures is {self.pictures}: a task has at least one")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}, it must lie in 0..1")
+        if self.alpha and self.soft:
+            raise ValueError("soft labels are not distilled: set alpha to 0")
+
+
+class TaskModel(nn.Module):
+    """A model with a head: it keeps family and configuration of what it was made of."""
+
+    def __init__(self, base: nn.Module, head: HeadConfig, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.head = head
+        self.config: Any = base.config
+        self.family: str = base.family  # type: ignore[assignment]
+
+    def forward(
+        self, batch: TaskBatch, teacher: Any = None, feature_grads: Embedded | None = None
+    ) -> dict[str, Tensor]:
+        return self.losses(batch, teacher, feature_grads)
+
+    def losses(self, batch: TaskBatch, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
+        """One training step."""
+        raise NotImplementedError
+
+    def make_teacher(self) -> MomentumTeacher[Self] | None:
+        """The momentum copy whose answers are learned too; none where ``alpha`` is 0."""
+        if not self.head.alpha:
+            return None
+        config = TeacherConfig(momentum=self.head.momentum, queue_size=0, alpha=self.head.alpha)
+        return MomentumTeacher(self, config, 0)
+
+    def head_parameters(self) -> set[str]:
+        """Names of the parameters that the pre-trained model has not."""
+        base = {f"inner.{name}." for name in ("albef", "blip", "vilt", "vlmo", "body") if hasattr(self.inner, name)}
+        return {name for name, _ in self.named_parameters() if not name.startswith(tuple(base))}
+
+
+class ClassModel(TaskModel):
+    """Chooses one of ``head.classes`` for a text and its pictures (:class:`imglish.models.capabilities.Classifies`)."""
+
+    def classify(self, images: Sequence[Pictures], texts: TextBatch) -> Tensor:
+        """Logits ``(B, C)``; ``images[n]``: the n-th picture of each of the B texts."""
+        logits: Tensor = self.inner(images[0] if self.head.pictures == 1 else images, texts)
+        return logits
+
+    def losses(self, batch: TaskBatch, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
+        """Cross-entropy with the class, partly with what the momentum copy says (ALBEF, section 3.3); or, with soft
+        labels, binary cross-entropy summed over classes (ViLT, VLMo and BEiT-3 for VQA)."""
+        if batch.labels is None:
+            raise ValueError("this model chooses among classes: the batch has no labels")
+        logits = self.classify(batch.images, batch.texts).float()
+        chosen = logits.detach().argmax(1)
+        if self.head.soft:
+            loss = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
+            hit = batch.labels.gather(1, chosen[:, None]).mean()
+            return {"classes": global_mean(loss, len(batch)), "metric/accuracy": hit}
+        soft = None
+        if teacher is not None and teacher.alpha > 0:
+            with torch.no_grad():
+                soft = teacher.model.classify(batch.images, batch.texts)
+        loss = mlm_loss(logits, batch.labels, soft, 0.0 if teacher is None else teacher.alpha)
+        return {"classes": loss, "metric/accuracy": (chosen == batch.labels).float().mean()}
+
+
+# ---- which families have which head --------------------------------------------------------------------------------
+
+
+def _beit3(base: nn.Module, head: HeadConfig) -> nn.Module:
+    assert isinstance(base, Beit3)
+    made: Beit3Vqa | Beit3Nlvr2
+    if head.pictures == 1:
+        made = Beit3Vqa(base.config, len(head.classes))
+    else:
+        made = Beit3Nlvr2(base.config, len(head.classes), head.pictures)
+    weights = base.body.state_dict()
+    made.body.load_state_dict({name: weights[name] for name in made.body.state_dict()})  # VQA's has no final norm
+    return made
+
+
+def _albef(base: nn.Module, head: HeadConfig) -> nn.Module:
+    assert isinstance(base, Albef)
+    classes = len(head.classes)
+    return AlbefEntailment(base, classes) if head.pictures == 1 else AlbefReasoning(base, head.pictures, classes)
+
+
+def _blip(base: nn.Module, head: HeadConfig) -> nn.Module:
+    assert isinstance(base, Blip)
+    classes, merged = len(head.classes), len(base.layers) // 2  # the published one: 6 of 12
+    if head.pictures == 1:
+        return BlipClassifier(base, classes)
+    return BlipReasoning(base, classes, merged, head.pictures)
+
+
+def _vilt(base: nn.Module, head: HeadConfig) -> nn.Module:
+    assert isinstance(base, Vilt)
+    classes = len(head.classes)
+    if head.pictures == 1:
+        return ViltAnswers(base, classes)
+    _more_types(base, 1 + head.pictures)
+    return ViltReasoning(base, head.pictures, classes)
+
+
+def _vlmo(base: nn.Module, head: HeadConfig) -> nn.Module:
+    assert isinstance(base, Vlmo)
+    classes = len(head.classes)
+    if head.pictures == 1:
+        return VlmoAnswers(base, classes)
+    _more_types(base, 1 + head.pictures)
+    return VlmoReasoning(base, head.pictures, classes)
+
+
+def _more_types(base: Any, count: int) -> None:
+    """Give a table of token types ``count`` rows; the new ones begin as copies of the first picture's (ViLT, VLMo)."""
+    old = base.types.weight
+    if len(old) < count:
+        table = nn.Embedding(count, old.shape[1], device=old.device, dtype=old.dtype)
+        with torch.no_grad():
+            table.weight.copy_(torch.cat([old, old[1:2].expand(count - len(old), -1)]))
+        base.types = table
+        base.config = replace(base.config, types=count)
+
+
+Builder = Callable[[nn.Module, HeadConfig], nn.Module]
+CLASSIFIERS: dict[str, Builder] = {"albef": _albef, "beit3": _beit3, "blip": _blip, "vilt": _vilt, "vlmo": _vlmo}
+
+
+def families(form: str) -> list[str]:
+    """Families that have a head of this form."""
+    return sorted(CLASSIFIERS)
+
+
+def with_head(base: nn.Module, head: HeadConfig) -> TaskModel:
+    """``base``, which is taken over, with a new head.
+
+    Raises :class:`MissingCapabilityError` for a family that has none of the kind.
+    """
+    family: Any = base.family
+    if family not in CLASSIFIERS:
+        raise MissingCapabilityError(
+            f"{head.task} needs a model that reads a picture and a text together; the family {family} has no head for "
+            f"it. Families that have: {', '.join(families(head.form))}"
+        )
+    return ClassModel(base, head, CLASSIFIERS[family](base, head))
