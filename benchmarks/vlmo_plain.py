@@ -17,7 +17,8 @@ from imglish.models.aligned import itm_losses
 from imglish.models.capabilities import Embedded
 from imglish.models.pairing import Negatives
 from imglish.models.vlmo import Vlmo
-from imglish.nn.experts import ExpertBlock, Packing
+from imglish.nn.experts import ExpertBlock
+from imglish.nn.packing import Packing
 from imglish.nn.segments import Segments
 from imglish.objectives.mlm import mlm_loss
 

@@ -15,8 +15,8 @@ from imglish.checkpoints.foreign import load_foreign
 from imglish.checkpoints.native import CheckpointError
 from imglish.checkpoints.sizes import vlmo_config
 from imglish.data.batch import TextBatch
+from imglish.models.expert_sizes import HALF
 from imglish.models.vlmo import VlmoConfig, vlmo_base, vlmo_base_plus, vlmo_large, vlmo_tiny
-from imglish.models.vlmo_body import HALF
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "man", "red", "top", "in", "the", "snow"]
 

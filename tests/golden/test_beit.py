@@ -11,7 +11,8 @@ from torch import Tensor
 
 from imglish.checkpoints import beit as official
 from imglish.data.batch import PatchMasks
-from imglish.models.beit import HALF, Beit, BeitConfig, beit_base, beit_large
+from imglish.models.beit import Beit, BeitConfig, beit_base, beit_large
+from imglish.models.expert_sizes import HALF
 from imglish.models.vit import ImageInput
 from imglish.nn.relative import image_index
 from tests.golden.support import Case, cases, check, check_grad_norms, golden_root, official_gradients

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from imglish.checkpoints import vlmo as official
 from imglish.data.batch import Batch, TextBatch
+from imglish.models.expert_sizes import HALF
 from imglish.models.vit import ImageInput
 from imglish.models.vlmo import Vlmo, VlmoConfig, vlmo_base, vlmo_base_plus, vlmo_large
-from imglish.models.vlmo_body import HALF
-from imglish.nn.experts import Packing
+from imglish.nn.packing import Packing
 from imglish.nn.relative import image_index, relative_index
 from imglish.nn.segments import Segments
 from imglish.objectives.itm import negative_weights

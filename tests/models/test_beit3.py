@@ -26,7 +26,7 @@ from imglish.models.beit3 import (
 )
 from imglish.models.capabilities import Matches
 from imglish.models.visual_codes import CodeTeacher
-from imglish.nn.experts import Packing
+from imglish.nn.packing import Packing
 from imglish.nn.segments import Segments
 from imglish.objectives.itm import draw_negatives, negative_weights
 from imglish.training.step import split

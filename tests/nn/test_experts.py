@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from imglish.nn.experts import (
-    BY_MODALITY,
-    FUSED_APART,
-    SHARED,
-    ExpertBlock,
-    ExpertBlockConfig,
-    Packing,
-    Read,
-    Route,
-    prefix_causal,
-)
+from imglish.nn.experts import ExpertBlock, ExpertBlockConfig, prefix_causal
+from imglish.nn.packing import BY_MODALITY, FUSED_APART, SHARED, Packing, Read, Route
 from imglish.nn.relative import RelativeBias
 from imglish.nn.segments import Segments
 

@@ -7,7 +7,7 @@ picture, whole                           -> visual tokenizer (frozen) ----------
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,62 +16,34 @@ from torch import Tensor, nn
 
 from imglish.data.batch import Batch, PatchMasks
 from imglish.models.capabilities import EncodedImages
+from imglish.models.expert_sizes import HALF, PictureSizes
 from imglish.models.visual_codes import CodeTeacher
 from imglish.models.vit import ImageInput
 from imglish.nn.embed import PatchEmbed
-from imglish.nn.experts import SHARED, ExpertBlockConfig, FusedQkv, Packing, Read
+from imglish.nn.experts import ExpertBlockConfig, FusedQkv
+from imglish.nn.packing import SHARED, Packing, Read
 from imglish.nn.relative import RelativeBias
 from imglish.nn.segments import Segments
 from imglish.objectives.codes import mim_loss
 
-HALF = (0.5, 0.5, 0.5)
-
 
 @dataclass(frozen=True)
-class BeitConfig:
+class BeitConfig(PictureSizes):
     """Sizes and objective; the defaults are the published base model.
 
-    codes: vocabulary of the visual tokenizer; layer_scale: initial value (0.1 base, 1e-5 large); drop_path: stochastic
-    depth, growing from zero to this in the last layer. Positions are relative biases of the attention, one table for
-    all layers.
+    codes: vocabulary of the visual tokenizer; layer_scale: initial value (0.1 base, 1e-5 large). Positions are relative
+    biases of the attention, one table for all layers.
     """
 
-    image: ImageInput = field(default_factory=lambda: ImageInput(224, HALF, HALF))
-    patch: int = 16
     codes: int = 8192
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int = 3072
     layer_scale: float = 0.1
-    norm_eps: float = 1e-6
-    drop_path: float = 0.1
 
     family: ClassVar[str] = "beit"
     mim: ClassVar[bool] = True
 
-    @property
-    def grid(self) -> int:
-        """Patches a side."""
-        return self.image.size // self.patch
-
-    def __post_init__(self) -> None:
-        if self.image.size % self.patch:
-            raise ValueError(f"image size {self.image.size} is not a multiple of patch size {self.patch}")
-
     def block(self, layer: int) -> ExpertBlockConfig:
         """Layer number ``layer``: one expert for everything."""
-        return ExpertBlockConfig(
-            width=self.width,
-            heads=self.heads,
-            hidden=self.hidden,
-            attention=SHARED,
-            feed_forward=SHARED,
-            norm_eps=self.norm_eps,
-            qkv_bias="qv",
-            layer_scale=self.layer_scale,
-            drop_path=self.drop_path * layer / max(1, self.depth - 1),
-        )
+        return replace(self.sized(layer, SHARED, SHARED), qkv_bias="qv", layer_scale=self.layer_scale)
 
     def build(self) -> Beit:
         return Beit(self)

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from imglish.data.batch import Batch, PatchMasks, TextBatch
 from imglish.models.aligned import itm_losses
-from imglish.models.beit import HALF, token_rows
+from imglish.models.beit import token_rows
 from imglish.models.capabilities import Embedded, EncodedImages, EncodedTexts, ImageMemory
 from imglish.models.captioning import CaptionForm, CaptionState
+from imglish.models.expert_sizes import HALF
 from imglish.models.hard_pairs import draw_pairs, pooled_negatives
 from imglish.models.multiway import Multiway, MultiwayConfig, init_multiway
 from imglish.models.multiway_captions import masked_states, next_states, picture_memory
 from imglish.models.visual_codes import CodeTeacher
 from imglish.models.vit import ImageInput
-from imglish.nn.experts import Packing, Read
+from imglish.nn.packing import Packing, Read
 from imglish.nn.segments import Segments
 from imglish.objectives.codes import mim_loss
 from imglish.objectives.itc import itc_loss

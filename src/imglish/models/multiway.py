@@ -4,80 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from imglish.data.batch import PatchMasks, TextBatch
-from imglish.models.beit import HALF, replace_patches
+from imglish.models.beit import replace_patches
 from imglish.models.capabilities import EncodedTexts, ImageMemory
-from imglish.models.vit import ImageInput
+from imglish.models.expert_sizes import PairSizes
 from imglish.nn.embed import PatchEmbed
-from imglish.nn.experts import (
-    BY_MODALITY,
-    FUSED_APART,
-    SHARED,
-    ExpertBlockConfig,
-    Experts,
-    FusedQkv,
-    Packing,
-    Read,
-)
+from imglish.nn.experts import ExpertBlockConfig, Experts, FusedQkv
+from imglish.nn.packing import BY_MODALITY, SHARED, Packing, Read
 from imglish.nn.segments import Segments, upload_index
 
 
 @dataclass(frozen=True)
-class MultiwayConfig:
+class MultiwayConfig(PairSizes):
     """Sizes of the body; the defaults are the released base model.
 
-    attention: "by_modality" as released, "shared" as in the paper; fused_layers: layers on top with a vision-language
-    expert for pairs (none as released, 3 in the paper). max_length: longest text; drop_path: stochastic depth, growing
-    from zero to this in the last layer.
+    attention: "by_modality" as released, "shared" as in the paper; fused_layers: none as released, 3 in the paper.
     """
 
-    image: ImageInput = field(default_factory=lambda: ImageInput(224, HALF, HALF))
-    patch: int = 16
+    norm_eps: float = 1e-5
     vocab_size: int = 64010
     max_length: int = 1022
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    norm_eps: float = 1e-5
     attention: Literal["by_modality", "shared"] = "by_modality"
-    fused_layers: int = 0
-    drop_path: float = 0.1
-
-    @property
-    def grid(self) -> int:
-        """Patches a side."""
-        return self.image.size // self.patch
-
-    @property
-    def tokens(self) -> int:
-        """Of a picture: patches and the class token."""
-        return self.grid**2 + 1
-
-    def __post_init__(self) -> None:
-        if self.image.size % self.patch:
-            raise ValueError(f"image size {self.image.size} is not a multiple of patch size {self.patch}")
-        if not 0 <= self.fused_layers < self.depth:
-            raise ValueError(f"fused_layers {self.fused_layers} must lie between 0 and depth - 1 = {self.depth - 1}")
 
     def block(self, layer: int) -> ExpertBlockConfig:
         """Layer number ``layer``: what belongs to a modality and what is shared."""
-        return ExpertBlockConfig(
-            width=self.width,
-            heads=self.heads,
-            hidden=self.hidden,
-            attention=SHARED if self.attention == "shared" else BY_MODALITY,
-            feed_forward=FUSED_APART if layer >= self.depth - self.fused_layers else BY_MODALITY,
-            norm_eps=self.norm_eps,
-            sub_norm=True,
-            drop_path=self.drop_path * layer / max(1, self.depth - 1),
-        )
+        attention = SHARED if self.attention == "shared" else BY_MODALITY
+        return replace(self.sized(layer, attention, self.feed_forward(layer)), sub_norm=True)
 
 
 class Multiway(nn.Module):

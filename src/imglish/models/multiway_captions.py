@@ -16,7 +16,8 @@ from imglish.models.capabilities import ImageMemory
 from imglish.models.captioning import CaptionState
 from imglish.models.multiway import Multiway
 from imglish.nn.attention import Memory, attend
-from imglish.nn.experts import ExpertBlock, Packing, Read
+from imglish.nn.experts import ExpertBlock
+from imglish.nn.packing import Packing, Read
 from imglish.nn.prefix import attend_after, causal_mask, own_keys
 from imglish.nn.segments import Segments, upload_index
 

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from imglish.data.batch import Batch, MaskedTexts, TextBatch
 from imglish.models.aligned import itm_losses
 from imglish.models.capabilities import Embedded, EncodedImages, EncodedTexts, ImageMemory
+from imglish.models.expert_sizes import HALF
 from imglish.models.hard_pairs import draw_pairs, pooled_negatives
 from imglish.models.pairing import Negatives
 from imglish.models.vit import ImageInput
-from imglish.models.vlmo_body import HALF, VlmoBody, VlmoSizes
+from imglish.models.vlmo_body import VlmoBody, VlmoSizes
 from imglish.nn.embed import MlmHead
-from imglish.nn.experts import NONE, Packing, Read
+from imglish.nn.packing import NONE, Packing, Read
 from imglish.nn.segments import Segments
 from imglish.objectives.itc import itc_loss, itc_loss_of_own_features
 from imglish.objectives.mlm import mlm_loss

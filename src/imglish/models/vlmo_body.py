@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,77 +13,44 @@ from torch import Tensor, nn
 from imglish.data.batch import TextBatch
 from imglish.models.aligned import init_weights
 from imglish.models.capabilities import EncodedTexts, ImageMemory
-from imglish.models.vit import ImageInput
+from imglish.models.expert_sizes import PairSizes
 from imglish.nn.embed import BertEmbedding, PatchEmbed
-from imglish.nn.experts import BY_MODALITY, FUSED_APART, SHARED, ExpertBlockConfig, FusedQkv, Packing, Read
+from imglish.nn.experts import ExpertBlockConfig, FusedQkv
+from imglish.nn.packing import SHARED, Packing, Read
 from imglish.nn.relative import RelativeBias
 from imglish.nn.segments import Segments, upload_index
 
-HALF = (0.5, 0.5, 0.5)
 TEXT, IMAGE = 0, 1
 """Rows of the table of token types."""
 
 
 @dataclass(frozen=True)
-class VlmoSizes:
+class VlmoSizes(PairSizes):
     """The Transformer; the defaults are the published base model.
 
-    max_length: longest text; text_distances: texts up to this length have distances in the relative table (with
-    ``positions="absolute"`` positions are added to the embeddings in its place); fused_layers: layers on top with a VL
-    expert; types: token types, one for texts, the others for pictures (two for NLVR2); drop_path: stochastic depth,
-    growing from zero to this in the last layer, and dropout of the text embeddings; embedding_std: of words, positions
-    and class token at the start.
+    text_distances: texts up to this length have distances in the relative table (with ``positions="absolute"`` there is
+    none, positions are added to the embeddings); types: token types, one for texts, the others for pictures (two for
+    NLVR2); drop_path: also dropout of the text embeddings; embedding_std: of words, positions and class token at the
+    start.
     """
 
-    image: ImageInput = field(default_factory=lambda: ImageInput(224, HALF, HALF))
-    patch: int = 16
-    vocab_size: int = 30522
-    max_length: int = 40
-    text_distances: int = 196
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int = 3072
     fused_layers: int = 2
+    text_distances: int = 196
     types: int = 2
     positions: Literal["relative", "absolute"] = "relative"
     layer_scale: float | None = 0.1
-    norm_eps: float = 1e-6
     text_norm_eps: float = 1e-12
-    drop_path: float = 0.1
     embedding_std: float = 0.02
 
-    @property
-    def grid(self) -> int:
-        """Patches a side."""
-        return self.image.size // self.patch
-
-    @property
-    def tokens(self) -> int:
-        """Of a picture: patches and the class token."""
-        return self.grid**2 + 1
-
     def __post_init__(self) -> None:
-        if self.image.size % self.patch:
-            raise ValueError(f"image size {self.image.size} is not a multiple of patch size {self.patch}")
-        if not 0 <= self.fused_layers < self.depth:
-            raise ValueError(f"fused_layers {self.fused_layers} must lie between 0 and depth - 1 = {self.depth - 1}")
+        super().__post_init__()
         if self.positions == "relative" and self.max_length > self.text_distances:
             raise ValueError(f"max_length {self.max_length} is above text_distances = {self.text_distances}")
 
     def block(self, layer: int) -> ExpertBlockConfig:
         """Layer number ``layer``: shared attention, feed-forward by modality, with a VL expert on top."""
-        return ExpertBlockConfig(
-            width=self.width,
-            heads=self.heads,
-            hidden=self.hidden,
-            attention=SHARED,
-            feed_forward=FUSED_APART if layer >= self.depth - self.fused_layers else BY_MODALITY,
-            norm_eps=self.norm_eps,
-            qkv_bias="qv",
-            layer_scale=self.layer_scale,
-            drop_path=self.drop_path * layer / max(1, self.depth - 1),
-        )
+        sized = self.sized(layer, SHARED, self.feed_forward(layer))
+        return replace(sized, qkv_bias="qv", layer_scale=self.layer_scale)
 
 
 class VlmoBody(nn.Module):

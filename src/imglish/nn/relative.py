@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imglish.nn.experts import Packing
+from imglish.nn.packing import Packing
 
 
 class RelativeBias(nn.Module):
