@@ -164,7 +164,7 @@ def beit3_config(weights: Mapping[str, Tensor]) -> Beit3Config:
     there = {"mlm": "mlm_head.weight", "mim": "mim_head.weight", "itc": "vision_head.weight"}
     outputs: Any = tuple(head for head, name in there.items() if name in weights) or ("itc",)
     objective: Any = "itc" if "itc" in outputs else "mdm" if "mim" in outputs else "captions"
-    codes = {"codes": weights["mim_head.weight"].shape[0]} if "mim" in outputs else {}
+    codes: dict[str, Any] = {"codes": weights["mim_head.weight"].shape[0]} if "mim" in outputs else {}
     return Beit3Config(**multiway_sizes(weights), **codes, outputs=outputs, objective=objective)
 
 
