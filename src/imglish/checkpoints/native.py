@@ -91,7 +91,11 @@ def export(
         **({"head": asdict(model.head)} if isinstance(model, TaskModel) else {}),
         "meta": dict(meta or {}),
     }
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        held = value.detach().cpu().contiguous()
+        shared = any(held.data_ptr() == other.data_ptr() for other in state.values())
+        state[name] = held.clone() if shared else held  # the format keeps every name apart
     try:
         with atomic.folder(path) as folder:
             save_file(state, folder / WEIGHTS)
