@@ -90,3 +90,25 @@ def test_grounding(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "map of the words" not in capsys.readouterr().out
     assert main([*arguments, "--layer", "5", "--out", str(tmp_path)]) == 2
     assert "fusion layers 0 to 1" in capsys.readouterr().err
+
+
+def test_linear_probe(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 10), ("val", 4)):
+        for name, shade in (("dark<b>", 40), ("light", 200)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(shade - 30, shade + 30, (48, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    arguments = ["eval", "linear-probe", "--model", str(folder / "model"), "--data", str(tmp_path / "train")]
+    arguments += ["--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--test", str(tmp_path / "val")]) == 0
+    assert "most frequent class" in capsys.readouterr().out
+    held = json.loads((tmp_path / "out" / "linear-probe.json").read_text(encoding="utf-8"))
+    assert (held["train"], held["test"], held["majority"]) == (20, 8, 50)
+    assert held["found"]["top1"] == 100
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "dark&lt;b&gt;" in page
+    assert "dark<b>" not in page
+    assert main([*arguments, "--test", str(tmp_path / "train")]) == 2
+    assert "20 test pictures are training pictures too" in capsys.readouterr().err

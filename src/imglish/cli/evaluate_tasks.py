@@ -1,4 +1,4 @@
-"""`imglish eval compositional`, `imglish eval zeroshot` and `imglish eval grounding`."""
+"""`imglish eval compositional`, `zeroshot`, `linear-probe` and `grounding`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ Classify pictures by texts: a folder of folders (their names are the classes), o
 Prints the tables; writes zeroshot.json and report.html to --out.
 """
 
+
+PROBE = """\
+Fit a linear classifier on the features of pictures: folders whose names are the classes, or any layout whose caption is
+the class.
+
+  imglish eval linear-probe --model runs/flickr8k-clip/model --data photos/train --test photos/val
+  imglish eval linear-probe --model MODEL --data list.jsonl --captions label --split train --test list.jsonl \\
+    --test-split val
+
+The penalty is chosen on a fifth of the training pictures. Prints the tables; writes linear-probe.json and report.html.
+"""
 
 GROUNDING = """\
 Do the heat maps of texts (docs/explain.md) lie on what the texts are about? Is the highest point inside of the right
@@ -72,6 +83,16 @@ def add_jobs(jobs: Any) -> None:
     classes.add_argument("--rerank", type=int, default=10, metavar="K", help="classes that the fusion scores")
     _add_scoring(classes)
     _add_machine(classes)
+    probe = jobs.add_parser(
+        "linear-probe", help="a linear classifier on features", description=PROBE, formatter_class=form
+    )
+    probe.add_argument("--model", required=True, help="folder of an exported model")
+    probe.add_argument("--data", required=True, help="training pictures: folder of folders, or a file of any layout")
+    probe.add_argument("--test", required=True, help="test pictures, in the same layout")
+    probe.add_argument("--test-split", help="only records of this split of --test")
+    add_source_options(probe)
+    probe.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    _add_machine(probe)
     boxes = jobs.add_parser(
         "grounding", help="heat maps of texts against boxes", description=GROUNDING, formatter_class=form
     )
@@ -134,7 +155,7 @@ def zeroshot(arguments: argparse.Namespace) -> int:
     from imglish.data.sources import open_source
     from imglish.evaluation.classify import ZeroShotConfig, evaluate_zeroshot
     from imglish.evaluation.retrieval import record_loader
-    from imglish.evaluation.task_reports import zeroshot_report
+    from imglish.evaluation.task_reports import classes_report
     from imglish.evaluation.templates import templates_of
     from imglish.objectives.gather import rank
     from imglish.training.ranks import process_group
@@ -152,7 +173,38 @@ def zeroshot(arguments: argparse.Namespace) -> int:
         first = rank() == 0
     if first:
         facts = {"model": arguments.model, "data": arguments.data, "templates": " | ".join(templates)}
-        _deliver(arguments, result, lambda: zeroshot_report(result, records, "Zero-shot classification", facts))
+        _deliver(arguments, result, lambda: classes_report(result, records, "Zero-shot classification", facts))
+    return 0
+
+
+def linear_probe(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from imglish.checkpoints.native import load
+    from imglish.data.errors import FILE
+    from imglish.data.sources import open_source
+    from imglish.evaluation.encoding import Machine
+    from imglish.evaluation.probe import evaluate_probe
+    from imglish.evaluation.retrieval import record_loader
+    from imglish.evaluation.task_reports import classes_report
+    from imglish.objectives.gather import rank
+    from imglish.training.ranks import pick_device, process_group
+
+    device = pick_device(arguments.device)
+    loaded = load(arguments.model)
+    machine = Machine(image_block=arguments.batch, precision=arguments.precision)
+    with process_group(device):
+        file = Path(arguments.out) / FILE if rank() == 0 else None
+        train = source_config(arguments, arguments.data)
+        test = replace(source_config(arguments, arguments.test), split=arguments.test_split)
+        shown, asked = (open_source(source, errors_file=file)[:] for source in (train, test))
+        model = loaded.model.to(device)
+        result = evaluate_probe(model, shown, asked, record_loader(model), machine)
+        first = rank() == 0
+    if first:
+        facts = {"model": arguments.model, "training data": arguments.data, "test data": arguments.test}
+        tested = [asked[number] for number in result.kept]
+        _deliver(arguments, result, lambda: classes_report(result, tested, "Linear probe", facts))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from imglish.data.scene_drawing import draw
-from imglish.data.scene_world import COLOURS, Scene
+from imglish.data.scene_world import COLOURS, GARMENTS, Scene
 
 Labelled = tuple[str, tuple[int, int, int, int]]
 LEAST = 24  # of 255: how much a pixel of the larger picture changes, so that blurred edges do not count
@@ -19,7 +19,10 @@ def garment_boxes(scene: Scene, size: int) -> list[Labelled]:
     shown = np.asarray(draw(scene, size)).astype(int)
     found: list[Labelled] = []
     for number, person in enumerate(scene.people):
-        for garment, colour in person.worn():
+        for garment in GARMENTS:
+            colour = person.colour(garment)
+            if colour is None:
+                continue
             changed = np.zeros(shown.shape[:2], dtype=bool)
             for other in COLOURS[COLOURS.index(colour) - 1], COLOURS[COLOURS.index(colour) - 3]:
                 again = np.asarray(draw(scene.recoloured([(number, garment, other)]), size)).astype(int)

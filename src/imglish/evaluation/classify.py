@@ -16,6 +16,9 @@ from imglish.evaluation.rerank import PairList, ScoreRule, above_the_rest, match
 from imglish.evaluation.zeroshot import Classification, class_features, class_scores, classification
 from imglish.models.capabilities import Matches, has_towers
 
+Table = tuple[list[str], list[list[str]]]
+"""Headers and rows."""
+
 
 @dataclass(frozen=True)
 class ZeroShotConfig:
@@ -58,26 +61,53 @@ class ZeroShotResult:
         return ["scores", "top-1", f"top-{min(5, count)}", "mean recall", "ties"], table
 
     def class_rows(self) -> tuple[list[str], list[list[str]]]:
-        rows = [
-            [one.name, str(one.pictures), f"{one.recall:.1f}", f"{one.taken_for} ({one.taken})" if one.taken else ""]
-            for one in self.best.classes
-        ]
-        return ["class", "pictures", "recall", "most often taken for"], rows
+        return class_table(self.best)
 
     def text(self) -> str:
         """Both tables for a terminal."""
-        parts = []
-        for headers, rows in (self.rows(), self.class_rows()):
-            widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-            for row in [headers, *rows]:
-                cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-                parts.append("  ".join(cells).rstrip())
-            parts.append("")
-        return "\n".join([*parts[:-1], *(f"note: {note}" for note in self.notes)])
+        return two_tables(self.rows(), self.class_rows(), self.notes)
 
     def to_json(self) -> str:
         held = {name: asdict(one) if one else None for name, one in (("towers", self.towers), ("fusion", self.fusion))}
         return json.dumps(held | {"notes": self.notes}, indent=1, ensure_ascii=False)
+
+
+def class_table(found: Classification) -> Table:
+    """A row for each class."""
+    rows = [
+        [one.name, str(one.pictures), f"{one.recall:.1f}", f"{one.taken_for} ({one.taken})" if one.taken else ""]
+        for one in found.classes
+    ]
+    return ["class", "pictures", "recall", "most often taken for"], rows
+
+
+def two_tables(first: Table, second: Table, notes: Sequence[str]) -> str:
+    """Tables for a terminal, and what is to be said of them."""
+    parts = []
+    for headers, rows in (first, second):
+        widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+        for row in [headers, *rows]:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            parts.append("  ".join(cells).rstrip())
+        parts.append("")
+    return "\n".join([*parts[:-1], *(f"note: {note}" for note in notes)])
+
+
+def labelled(records: Sequence[Record], classes: Sequence[str] | None = None) -> tuple[list[str], Tensor]:
+    """The classes (default: all that occur, sorted) and the number of each record's, int64 ``(N,)``.
+
+    Raises ``ValueError`` on a record without a class or with several, on fewer than two classes and without records.
+    """
+    if not records:
+        raise ValueError("there are no pictures to classify")
+    for record in records:
+        if len(record.captions) != 1:
+            raise ValueError(f"{record.key}: {len(record.captions)} captions in place of the name of a class")
+    known = sorted({record.captions[0] for record in records}) if classes is None else list(classes)
+    if len(known) < 2:
+        raise ValueError(f"{len(known)} classes: there is nothing to choose from")
+    numbers = {name: number for number, name in enumerate(known)}
+    return known, torch.tensor([numbers[record.captions[0]] for record in records])
 
 
 def evaluate_zeroshot(
@@ -91,13 +121,7 @@ def evaluate_zeroshot(
 
     Raises ``ValueError`` on a record without a class or with several.
     """
-    for record in records:
-        if len(record.captions) != 1:
-            raise ValueError(f"{record.key}: {len(record.captions)} captions in place of the name of a class")
-    classes = sorted({record.captions[0] for record in records})
-    if len(classes) < 2:
-        raise ValueError(f"{len(classes)} classes: there is nothing to choose from")
-    labels = torch.tensor([classes.index(record.captions[0]) for record in records])
+    classes, labels = labelled(records)
     called = [(config.names or {}).get(name, name) for name in classes]
     sentences = [template.format(name) for name in called for template in config.templates]
     training = model.training

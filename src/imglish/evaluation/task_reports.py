@@ -15,6 +15,7 @@ from imglish.evaluation.classify import ZeroShotResult
 from imglish.evaluation.compositional import CompositionalResult, Item, record_of
 from imglish.evaluation.explain import ReadsWords, explain
 from imglish.evaluation.heatmaps import marked
+from imglish.evaluation.probe import ProbeResult
 from imglish.evaluation.referring import GroundingResult, Reference
 from imglish.report import Report, Shown
 
@@ -50,8 +51,8 @@ def compositional_report(
     return report
 
 
-def zeroshot_report(
-    result: ZeroShotResult, records: Sequence[Record], title: str, facts: Mapping[str, object]
+def classes_report(
+    result: ZeroShotResult | ProbeResult, records: Sequence[Record], title: str, facts: Mapping[str, object]
 ) -> Report:
     """A report of ``result``, which was measured on ``records``."""
     report = Report(title, f"{len(records)} pictures, {len(result.classes)} classes")
@@ -122,7 +123,7 @@ def _top(values: Tensor, among: Tensor) -> list[int]:
     return chosen
 
 
-def _shown(result: ZeroShotResult, record: Record, number: int, found: torch.Tensor) -> Shown:
+def _shown(result: ZeroShotResult | ProbeResult, record: Record, number: int, found: torch.Tensor) -> Shown:
     right, taken = result.classes[int(result.labels[number])], result.classes[int(found[number])]
     text = right if right == taken else f"{taken} (is: {right})"
     return Shown(decode(record.image, 2 * SIDE, name=record.key), text, right == taken)
