@@ -37,9 +37,14 @@ def test_a_run_learns_and_tells(tmp_path: Path, family: str, capsys: pytest.Capt
     assert last[falls] < 0.9 * first[falls]
     for event in steps:
         assert event["pairs_per_second"] > 0
+        assert event["memory_gib"] > 0.1
         assert 0 <= event["waiting_for_data"] < 1
         assert event["gradient_norm"] > 0
     assert steps[-1]["epoch"] == 20.0
+    [work] = [event for event in result.events if event["event"] == "work"]
+    parameters = result.events[0]["parameters"]
+    assert work["step"] == 1
+    assert 6 * parameters < work["flops_per_pair"] < 600 * parameters  # forward, backward, a handful of rows a pair
     validations = [event for event in result.events if event["event"] == "validation"]
     assert [event["step"] for event in validations] == [30, 60]
     assert (validations[0]["reranked"] is not None) == (family == "albef")
@@ -48,7 +53,7 @@ def test_a_run_learns_and_tells(tmp_path: Path, family: str, capsys: pytest.Capt
     assert result.model is not None
     assert load(result.model).meta["step"] == 60
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for part in ("Losses", "Retrieval on the validation pairs", "gradient norm", "optimiser.lr", "mean recall"):
+    for part in ("GFLOP a pair", "GiB", "Losses", "Retrieval on the validation pairs", "gradient norm", "optimiser.lr", "mean recall"):
         assert part in report
     assert "the best so far" in capsys.readouterr().err
     assert read_events(tmp_path / "log.jsonl") == json.loads(json.dumps(result.events))
