@@ -198,6 +198,38 @@ def test_keyboard_and_the_large_picture(page: Any) -> None:
     assert page.execute_script("return document.activeElement.id") == "words"
 
 
+def test_the_words_are_shown_in_the_picture(page: Any, index: Index) -> None:
+    _ask(page, "a red hat")
+    _until(page, "return document.querySelectorAll('.badges span').length > 0")
+    page.execute_script("document.querySelector('#grid li[data-key=\"in/4.jpg\"] .tile').click()")
+    _until(page, "return document.querySelectorAll('#found-words button').length > 0")
+    wanted, _ = index.explain("in/4.jpg", "a red hat")
+    chips = page.find_elements("css selector", "#found-words button")
+    assert [chip.text for chip in chips] == ["all words", *wanted.words]
+    assert page.execute_script("return document.getElementById('heat').hidden")
+    _until(page, "return document.getElementById('large').naturalWidth === 180")  # the original
+    chips[1].click()
+    _settled(page)
+    seen = page.execute_script(
+        "const c = document.getElementById('heat'), i = document.getElementById('large');"
+        "const [a, b] = [c.getBoundingClientRect(), i.getBoundingClientRect()];"
+        "const data = [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data];"
+        "return [c.hidden, a.width / a.height, Math.abs(a.x + a.width / 2 - b.x - b.width / 2),"
+        "  data.filter((_, k) => k % 4 === 3)]"
+    )
+    assert seen[0] is False
+    assert seen[1] == pytest.approx(180 / 240, abs=0.01)  # lies on the picture, not on the window
+    assert seen[2] < 1
+    heat = wanted.maps[0].flatten()
+    alpha = [190 * level / max(float(heat.max()), 1e-12) for level in heat.tolist()]
+    assert seen[3] == pytest.approx(alpha, abs=3)
+    _look(page, "words")
+    chips[1].click()
+    page.execute_script("document.activeElement.blur()")
+    page.find_element("id", "close").click()
+    assert page.execute_script("return document.getElementById('heat').hidden")
+
+
 def test_a_script_in_a_caption_is_text(page: Any) -> None:
     _ask(page, "a bag")
     _until(page, "return document.querySelectorAll('.badges span').length > 0")

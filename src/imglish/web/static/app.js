@@ -8,7 +8,9 @@ const SAY = {
     drop: "Drop the picture to search with it", retry: "Try again", close: "Close (Esc)",
     back: "Previous (←)", forward: "Next (→)", keyGo: "Open", key: "API key", place: "Place", match: "Match",
     cosine: "Towers", date: "Date", size: "Size", tags: "Tags", file: "Name", duplicate: "Duplicate of",
-    searching: "Searching …", noCaption: "No caption",
+    searching: "Searching …", noCaption: "No caption", found: "Where the words are", wholeText: "all words",
+    foundText: "Where the model looked while it compared the words with the picture: a hint, no proof. The bar shows how "
+      + "much a word mattered.",
     start: "What are you looking for?", startText: n => `${n} pictures. Press / to type, arrow keys to move, Enter to look closer.`,
     none: "No picture found", noneText: "The filter lets no picture through, or the index is empty.",
     weak: "No good match", weakText: n => `No picture reaches a match of ${n} %. Lower the limit to see the nearest ones.`,
@@ -34,7 +36,8 @@ const SAY = {
     drop: "松开即可用这张图片搜索", retry: "重试", close: "关闭 (Esc)",
     back: "上一张 (←)", forward: "下一张 (→)", keyGo: "打开", key: "API 密钥", place: "名次", match: "匹配度",
     cosine: "双塔得分", date: "日期", size: "尺寸", tags: "标签", file: "名称", duplicate: "重复于",
-    searching: "正在搜索 …", noCaption: "没有说明文字",
+    searching: "正在搜索 …", noCaption: "没有说明文字", found: "词语在图中的位置", wholeText: "整句",
+    foundText: "模型比对文字与图片时关注的区域，仅供参考。横条表示该词的作用大小。",
     start: "想找什么图片？", startText: n => `共 ${n} 张图片。按 / 输入，方向键移动，回车查看大图。`,
     none: "没有找到图片", noneText: "筛选条件没有留下任何图片，或者索引是空的。",
     weak: "没有足够匹配的图片", weakText: n => `没有图片的匹配度达到 ${n}%。降低要求可以看到最接近的图片。`,
@@ -68,6 +71,7 @@ let shown = null;          // key of the large picture
 let running = null;        // AbortController of the search under way
 let asked = null;          // what the pictures on the page answer
 let last = null;           // its last answer, or {error}
+let heat = null;           // what the server says of the words in the large picture
 const tiles = new Map();   // key -> li
 
 function stored(name) {
@@ -99,7 +103,7 @@ function speak() {
   el("least-value").textContent = Number(el("least").value) ? `${el("least").value} %` : say.any;
   for (const hit of hits) badge(tiles.get(hit.key), hit);
   tell();
-  if (shown !== null) facts(hits.find(hit => hit.key === shown));
+  if (shown !== null) { facts(hits.find(hit => hit.key === shown)); words(); }
 }
 
 // What the status line and the middle of the page say about the last answer.
@@ -334,10 +338,11 @@ async function view(key) {
   const hit = hits.find(one => one.key === key);
   el("large").src = source("thumbnail", key);
   const large = new Image();
-  large.onload = () => { if (shown === key) el("large").src = large.src; };
+  large.onload = () => { if (shown === key) { el("large").src = large.src; place(); } };
   large.src = source("large", key);
   facts(hit);
   el("similar").replaceChildren();
+  find(key);
   if (!el("view").open) el("view").showModal();
   el("close").focus();
   try {
@@ -354,6 +359,68 @@ async function view(key) {
       return button;
     }));
   } catch { /* the large picture stays without similar ones; a search will tell that the server is gone */ }
+}
+
+// Asks where in the picture the words of the search are.
+async function find(key) {
+  heat = null;
+  words();
+  if (!asked?.text) return;
+  try {
+    const response = await fetch(`v1/picture/explain?${new URLSearchParams({ key, text: asked.text })}`);
+    if (!response.ok || shown !== key) return;
+    const found = await response.json();
+    if (shown !== key) return;
+    const unpack = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+    heat = { ...found, maps: found.maps.map(unpack), whole: unpack(found.whole), chosen: null };
+    words();
+  } catch { /* the large picture stays without its maps */ }
+}
+
+// A button for the whole text and for each word; pointing at one shows its map, pressing keeps it.
+function words() {
+  el("found").hidden = !heat;
+  draw(null);
+  if (!heat) return;
+  const chip = (text, map, share) => {
+    const button = make("button", { type: "button", textContent: text, ariaPressed: String(heat.chosen === map) });
+    button.style.setProperty("--share", share);
+    button.onpointerenter = button.onfocus = () => draw(map);
+    button.onpointerleave = button.onblur = () => draw(heat?.chosen);
+    button.onclick = () => {
+      heat.chosen = heat.chosen === map ? null : map;
+      for (const other of el("found-words").children) other.ariaPressed = String(other === button && heat.chosen === map);
+      draw(heat.chosen);
+    };
+    return button;
+  };
+  el("found-words").replaceChildren(chip(say.wholeText, heat.whole, 1),
+    ...heat.words.map((word, i) => chip(word, heat.maps[i], Math.max(...heat.maps[i]) / 255)));
+}
+
+// Lays a map over the picture, each from nothing to its own highest point.
+function draw(map) {
+  const canvas = el("heat");
+  canvas.hidden = !map;
+  if (!map) return;
+  Object.assign(canvas, { width: heat.width, height: heat.height });
+  const pixels = new ImageData(heat.width, heat.height), highest = Math.max(...map, 1);
+  map.forEach((level, i) => pixels.data.set([255, 64, 0, 190 * level / highest], 4 * i));
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  place();
+}
+
+// The map lies on what the model saw of the picture, wherever that is in the window.
+function place() {
+  const image = el("large"), stage = el("stage");
+  if (!heat || !image.naturalWidth) return;
+  const scale = Math.min(stage.clientWidth / image.naturalWidth, stage.clientHeight / image.naturalHeight);
+  const [across, down] = [image.naturalWidth * scale, image.naturalHeight * scale];
+  const [left, top, right, bottom] = heat.box;
+  Object.assign(el("heat").style, {
+    left: `${(stage.clientWidth - across) / 2 + left * across}px`, width: `${(right - left) * across}px`,
+    top: `${(stage.clientHeight - down) / 2 + top * down}px`, height: `${(bottom - top) * down}px`,
+  });
 }
 
 function facts(hit) {
@@ -428,7 +495,7 @@ el("back").onclick = () => step(-1);
 el("forward").onclick = () => step(1);
 el("view").onclose = () => {
   const item = tiles.get(shown);
-  shown = null;
+  shown = heat = null;
   item?.firstChild.focus();
 };
 el("key-form").onsubmit = async event => {
@@ -442,7 +509,7 @@ el("key-form").onsubmit = async event => {
   tell();
 };
 
-addEventListener("resize", layout);
+addEventListener("resize", () => { layout(); place(); });
 addEventListener("popstate", recall);
 addEventListener("dragover", event => { event.preventDefault(); el("drop").hidden = false; });
 addEventListener("dragleave", event => { if (!event.relatedTarget) el("drop").hidden = true; });
