@@ -47,6 +47,17 @@ def test_biases_norms_and_scalars_do_not_decay(name: str) -> None:
     assert all("words" in n or "position" in n or "types" in n for n in tables)
 
 
+def test_biases_by_relative_position_do_not_decay() -> None:
+    model = named("vlmo-tiny").build()
+    with_decay, without, _ = (names_of(model, group) for group in parameter_groups(model, OptimiserRecipe()))
+    assert "relative.table" in without
+    assert {n for n in with_decay if "blocks.0" in n} == {
+        "blocks.0.attn.qkv.all.weight",
+        "blocks.0.attn.out.all.weight",
+        *(f"blocks.0.ffn.{expert}.fc{i}.weight" for expert in ("image", "text") for i in (1, 2)),
+    }
+
+
 def test_temperatures_have_a_rate_of_their_own() -> None:
     model = named("albef-tiny").build()
     optimiser = build_optimiser(model, OptimiserRecipe(lr=1e-3, temperature_lr=1e-4))

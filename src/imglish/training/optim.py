@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from imglish.models.depths import depths
 from imglish.models.heads import TaskModel
+from imglish.nn.relative import RelativeBias
 from imglish.training.config import OptimiserRecipe, ScheduleRecipe
 from imglish.training.settings import SettingsError
 
@@ -31,10 +32,10 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> int:
 def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str, object]]:
     """Trainable parameters in three groups: with weight decay, without, and temperatures.
 
-    Without: biases, norms and everything else of at most one dimension (class tokens stored flat); embedding tables
-    and position tables too unless ``decay_embeddings``. Temperatures (0-D) are not decayed and have a rate of their
-    own. A shared parameter appears once. ``scale``: factor of the group's learning rate; with ``layer_decay`` the
-    groups are divided further, by layer.
+    Without: biases, those by relative position too, norms and everything else of at most one dimension (class tokens
+    stored flat, LayerScale); embedding tables and position tables too unless ``decay_embeddings``. Temperatures (0-D)
+    are not decayed and have a rate of their own. A shared parameter appears once. ``scale``: factor of the group's
+    learning rate; with ``layer_decay`` the groups are divided further, by layer.
     """
     tables = {
         id(parameter)
@@ -42,6 +43,7 @@ def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str
         for parameter in module.parameters(recurse=False)
         if isinstance(module, nn.Embedding)
     }
+    biases = {id(module.table) for module in model.modules() if isinstance(module, RelativeBias)}
     rates = layer_rates(model, recipe.layer_decay) if recipe.layer_decay is not None else {}
     if recipe.head_factor != 1.0:
         if not isinstance(model, TaskModel):
@@ -56,9 +58,8 @@ def parameter_groups(model: nn.Module, recipe: OptimiserRecipe) -> list[dict[str
             groups.setdefault((2, temperature), []).append(parameter)
             continue
         table = id(parameter) in tables or "position" in name.rpartition(".")[2]
-        keep = (
-            parameter.dim() < 2 or parameter.numel() == max(parameter.shape) or (table and not recipe.decay_embeddings)
-        )
+        flat = parameter.dim() < 2 or parameter.numel() == max(parameter.shape)
+        keep = flat or id(parameter) in biases or (table and not recipe.decay_embeddings)
         groups.setdefault((int(keep), rates.get(name, 1.0)), []).append(parameter)
     decays = (recipe.weight_decay, 0.0, 0.0)
     return [
