@@ -142,7 +142,8 @@ class LearningWatch:
         text = (
             f"the visual tokenizer uses {usage:.1%} of its codebook (perplexity of the codes, over their number): few "
             "codes stand for everything, and masked image modelling on them would learn little. Fewer codes, more "
-            "pictures, or model.restart (VQ-KD) and a larger model.kl_weight (discrete VAE) help."
+            "pictures, model.restart (VQ-KD), or more model.information and a higher last model.temperature (discrete "
+            "VAE) help."
         )
         return [Alarm("codebook-collapse", text)]
 
