@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.blip_models import Pair, Peer, batch_of, build_pair, captions, padded, pictures
 from benchmarks.common import H200_BF16_PEAK, arguments, machine, measure, megabytes, milliseconds, table
 from imglish.data.batch import Batch
 from imglish.objectives.itm import draw_negatives, negative_weights
 from imglish.objectives.momentum import MomentumTeacher, distilled_itc
+from imglish.training.cost import flop_counter
 
 
 class Official:
@@ -101,7 +101,7 @@ def step(loss: Callable[[], Tensor], models: tuple[nn.Module, ...], device: str,
 
 
 def flops(loss: Callable[[], Tensor], models: tuple[nn.Module, ...]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         loss().backward()
     for model in models:
         model.zero_grad(set_to_none=True)

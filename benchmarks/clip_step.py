@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.clip_models import PATCHES, batch_of, build_pair, captions, padded, pictures
 from benchmarks.common import H200_BF16_PEAK, arguments, machine, measure, megabytes, milliseconds, table
+from imglish.training.cost import flop_counter
 from imglish.training.setup import compile_towers
 
 
@@ -57,7 +57,7 @@ def forms(options: Any, images: Tensor) -> dict[str, tuple[str, Callable[[nn.Mod
 
 
 def flops(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         loss(model).backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()

@@ -15,12 +15,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import H200_BF16_PEAK, arguments, machine, measure, megabytes, milliseconds, table
 from benchmarks.vlmo_plain import PlainVlmo, make_batch
 from imglish.models import registry
 from imglish.models.vlmo import Vlmo, VlmoConfig
+from imglish.training.cost import flop_counter
 
 LENGTHS = (7, 8, 9, 10, 10, 11, 12, 13)
 
@@ -30,7 +30,7 @@ def total(losses: dict[str, Tensor]) -> Tensor:
 
 
 def flops(loss: Callable[[], Tensor]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         loss().backward()
     return counter.get_total_flops()
 
