@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,15 @@ def test_captions_are_counted() -> None:
     records = [
         record("a", None, "A red hat .", "a red hat"),
         record("b", None, "A RED hat!", "two blue shoes and a hat"),
-        record("c", None, "x"),
+        record("c", None, "x", "size 38", "size 39"),
     ]
     found = read_captions(records)
-    assert found.lengths.tolist() == [3, 3, 3, 6, 1]
-    assert found.per_picture.tolist() == [2, 2, 1]
+    assert found.lengths.tolist() == [3, 3, 3, 6, 1, 1, 1]
+    assert found.per_picture.tolist() == [2, 2, 3]
     assert found.common[0] == ("hat", 4)
     assert "a" not in dict(found.common)
     assert [count for _, count in found.repeated] == [2]  # of two pictures, though three captions say it
-    assert len(np.unique(found.texts)) == 3
+    assert len(np.unique(found.texts)) == 5
 
 
 # ---- duplicates -----------------------------------------------------------------------------------------------------
@@ -288,3 +289,61 @@ def test_what_there_is_not_is_left_out(messy: Path, capsys: pytest.CaptureFixtur
     assert main(["data", "inspect", str(messy / "nothing.jsonl"), "--out", str(messy / "n")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not (messy / "n").exists()
+
+
+def test_splits_of_tars_need_one_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(i, "train" if i < 4 else "val") for i in range(6)]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i, split in rows:
+            text = json.dumps({"caption": f"a dog {i}", "split": split}).encode()
+            for name, data in ((f"{i}.png", encoded(picture(i % 5), "PNG")), (f"{i}.json", text)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert main(["data", "inspect", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert "leak: 1 picture of val stands in train too, byte for byte" in capsys.readouterr().out
+    held = json.loads((tmp_path / "out" / "survey.json").read_text())["splits"]
+    assert {name: (split["records"], split["captions"]) for name, split in held.items()} == {
+        "train": (4, 4),
+        "val": (2, 2),
+    }
+    assert len(list(tmp_path.glob(".imglish-*.index"))) == 1
+
+
+def test_a_name_in_two_splits_is_a_leak(messy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": "0.png", "caption": text, "split": split} for text, split in (("a", "train"), ("b", "val"))]
+    (messy / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["data", "inspect", str(messy / "both.jsonl"), "--out", str(messy / "o"), "--workers", "1"]) == 0
+    assert "leak: 1 picture of val stands in train too, by name" in capsys.readouterr().out
+
+
+def test_parts_of_a_mixture_are_compared(messy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (messy / "captions.jsonl").read_text().splitlines()
+    (messy / "one.jsonl").write_text("\n".join(rows[:3]))
+    (messy / "two.jsonl").write_text("\n".join(rows[3:6]))
+    (messy / "mix.yaml").write_text("sources:\n- {path: one.jsonl}\n- {path: two.jsonl, weight: 2}\n")
+    assert main(["data", "inspect", str(messy / "mix.yaml"), "--out", str(messy / "o"), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "double in the mixture: 1 picture of two.jsonl stands in one.jsonl too, byte for byte" in printed
+    assert "leak" not in printed.split("double in")[1]
+    held = json.loads((messy / "o" / "survey.json").read_text())
+    (shared,) = held["shared"]
+    assert (shared["bytes"], shared["captions"], shared["parts_of_a_mixture"]) == (1, 0, True)
+    assert "each of its captions as wrong for the other" in (messy / "o" / "report.html").read_text(encoding="utf-8")
+
+
+def test_rows_with_several_pictures_are_looked_at_apart(messy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"images": ["0.png", "1.png"], "sentence": "one dog is red", "split": "train"},
+        {"images": ["1.png", "2.png"], "sentence": "two dogs are blue", "split": "train"},
+        {"images": ["3.png", "cut.png"], "sentence": "it rains", "split": "val"},
+    ]
+    (messy / "reasoning.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["data", "inspect", str(messy / "reasoning.jsonl"), "--out", str(messy / "o"), "--workers", "1"]) == 0
+    assert "pictures and texts were looked at apart" in capsys.readouterr().out
+    held = json.loads((messy / "o" / "survey.json").read_text())["splits"]
+    assert {name: (split["records"], split["captions"]) for name, split in held.items()} == {
+        "train": (3, 2),
+        "val": (2, 1),
+    }
+    assert held["val"]["broken"] == {"truncated": 1}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from imglish.cli.source_options import add_source_options, source_config
 
 if TYPE_CHECKING:
+    from imglish.data.sources import Source
     from imglish.inspection.survey import Portion, Survey
 
 DESCRIPTION = """\
@@ -27,8 +28,7 @@ Prints tables; writes report.html (with pictures), errors.csv, duplicates.csv an
 Near duplicates need the extra: pip install 'imglish[inspect]'.
 """
 
-
-_ONLY = {"images": "pictures alone were looked at", "texts": "texts alone were looked at", "pairs": ""}
+MOST_SPLITS = 20  # more are no splits
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,35 +83,65 @@ def _name(source: str) -> str:
     )
 
 
-def _portions(source: str, arguments: argparse.Namespace) -> list[Portion]:
-    """A portion for every split that the source names, or one for the whole."""
+def _opened(source: str, arguments: argparse.Namespace) -> tuple[Source, Source | None, str]:
+    """The records; the texts, where these are none of single pictures; and what is to be said about that."""
     from imglish.data.errors import DataError
     from imglish.data.sources import open_source
-    from imglish.inspection.survey import Portion
+    from imglish.data.sources.fields import SEVERAL
 
     failed: DataError | None = None
     for needs in (arguments.needs,) if arguments.needs else ("pairs", "images", "texts"):
         try:
-            config = source_config(arguments, source, needs)
-            # The field of the split in place of that of the group tells which splits there are.
-            whole = open_source(config, group_field=arguments.split_field)
+            found = open_source(source_config(arguments, source, needs), by_split=True)
         except DataError as error:
             failed = failed or error
             continue
-        splits = sorted({record.group for record in whole}, key=lambda name: ("train" not in name.lower(), name))
-        label, note = _name(source), "" if failed is None else f"{_ONLY[needs]}: {failed}"
-        if len(splits) < 2 or len(splits) > 20:
-            name = splits[0] if splits[0] and len(arguments.sources) == 1 and len(splits) == 1 else label
-            return [Portion(name, source, whole, tuple(whole.errors.named), note)]
-        made = []
-        for number, split in enumerate(splits):
-            part = open_source(config, split=split or "None")
-            name = split if len(arguments.sources) == 1 else f"{label}:{split}"
-            first = (tuple(whole.errors.named), note) if number == 0 else ()
-            made.append(Portion(name or "no split", source, part, *first))
-        return made
+        if failed is None:
+            return found, None, ""
+        if needs == "images" and SEVERAL in str(failed):
+            texts = open_source(source_config(arguments, source, "texts"), by_split=True)
+            return found, texts, "rows name several pictures each: pictures and texts were looked at apart"
+        return found, None, f"{needs if needs == 'texts' else 'pictures'} alone were looked at: {failed}"
     assert failed is not None
     raise failed
+
+
+def _portions(source: str, arguments: argparse.Namespace) -> list[Portion]:
+    """A portion for every split that the source names or every part of a mixture, or one for the whole."""
+    from imglish.data.sources.mixture import Mixture
+    from imglish.inspection.survey import Portion
+
+    whole, texts, note = _opened(source, arguments)
+    if isinstance(whole, Mixture):
+        named = zip(whole.names, whole.sources, strict=True)
+        return [Portion(name, name, part, tuple(part.errors.named), note, mixture=source) for name, part in named]
+    problems, label, alone = tuple(whole.errors.named), _name(source), len(arguments.sources) == 1
+    by_split, texts_by_split = _by_split(whole), _by_split(texts) if texts is not None else {}
+    if len(by_split) < 2 or len(by_split) > MOST_SPLITS:
+        name = next(iter(by_split)) if alone and len(by_split) == 1 else ""
+        return [Portion(name or label, source, whole, problems, note, texts)]
+    return [
+        Portion(
+            (split or "no split") if alone else f"{label}:{split}",
+            source,
+            part,
+            problems if number == 0 else (),
+            note if number == 0 else "",
+            None if texts is None else texts_by_split.get(split, ()),
+        )
+        for number, (split, part) in enumerate(by_split.items())
+    ]
+
+
+def _by_split(records: Source) -> dict[str, Source]:
+    """Views of the records of each split, training first."""
+    import numpy as np
+
+    numbers: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        numbers.setdefault(record.group, []).append(number)
+    names = sorted(numbers, key=lambda name: ("train" not in name.lower(), name))
+    return {name: records.select(np.array(numbers[name])) for name in names}
 
 
 def _progress(quiet: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from imglish.data.records import Record
 from imglish.inspection.languages import FUNCTION_WORDS, language_of, words
 
 SHOWN_WORDS = 40
+_SAID = re.compile(r"\w+")  # with digits: "size 38" is not "size 39"
 LONG = 200  # words; a longer caption is more likely a page than a caption
 
 
@@ -55,7 +57,7 @@ def read_captions(
             lengths.append(len(said))
             counts.update(said)
             languages[language_of(caption)] += 1
-            text = hash(" ".join(said))
+            text = hash(" ".join(_SAID.findall(caption.lower())))
             hashes.append(text)
             if text not in own:
                 own.add(text)

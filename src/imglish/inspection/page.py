@@ -111,7 +111,8 @@ def findings(survey: Survey) -> list[tuple[str, bool]]:
             found.append((f"{seen.name}: captions of a suspicious length: {strange}", False))
         if seen.captions.repeated and seen.captions.repeated[0][1] > max(10, 0.01 * len(seen.captions.per_picture)):
             text, count = seen.captions.repeated[0]
-            found.append((f'{seen.name}: {count:,} pictures have the caption "{shortened(text, 60)}"', True))
+            what = "pictures have" if seen.portion.texts is None else "rows have"
+            found.append((f'{seen.name}: {count:,} {what} the caption "{shortened(text, 60)}"', True))
         if seen.pictures is not None and seen.looked < len(seen.portion.records):
             share = f"{seen.looked:,} of {len(seen.portion.records):,} pictures"
             found.append((f"{seen.name}: {share} were read, evenly spread", False))
@@ -121,15 +122,16 @@ def findings(survey: Survey) -> list[tuple[str, bool]]:
 
 def _about(overlap: Overlap) -> list[tuple[str, bool]]:
     found, one, two = [], overlap.one, overlap.two
+    leak = "double in the mixture" if overlap.mixed else "leak"
     if overlap.keys:
         names = _number(overlap.keys, f"picture of {two} stands", f"pictures of {two} stand")
-        found.append((f"leak: {names} in {one} too, by name", True))
+        found.append((f"{leak}: {names} in {one} too, by name", True))
     if overlap.same:
         pictures = _number(len(overlap.same), f"picture of {two} stands", f"pictures of {two} stand")
-        found.append((f"leak: {pictures} in {one} too, byte for byte", True))
+        found.append((f"{leak}: {pictures} in {one} too, byte for byte", True))
     if overlap.near:
         pictures = _number(len(overlap.near), f"picture of {two} looks", f"pictures of {two} look")
-        found.append((f"possible leak: {pictures} like one of {one}", True))
+        found.append((f"possible {leak}: {pictures} like one of {one}", True))
     return found
 
 
@@ -216,11 +218,13 @@ def _broken(page: _Page, errors_file: str | None) -> None:
 def _overlaps(page: _Page) -> None:
     if not page.survey.overlaps:
         return
-    page.report.heading("Shared between splits")
-    page.report.text(
-        "Pictures that stand in a training and in an evaluation split make results look better than they are. Equal "
-        "captions are usual where captions are short."
-    )
+    if all(overlap.mixed for overlap in page.survey.overlaps):
+        page.report.heading("Shared between parts of the mixture")
+        text = "A picture that two parts have counts as two pictures: each of its captions as wrong for the other."
+    else:
+        page.report.heading("Shared between splits")
+        text = "Pictures that stand in a training and in an evaluation split make results look better than they are."
+    page.report.text(f"{text} Equal captions are usual where captions are short.")
     rows = [
         (f"{o.two} in {o.one}", o.keys, len(o.same), "-" if o.near is None else len(o.near), o.captions)
         for o in page.survey.overlaps

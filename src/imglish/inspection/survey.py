@@ -23,13 +23,16 @@ Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 @dataclass(frozen=True)
 class Portion:
     """Records that belong together: a split, or a source of its own. source: where they come from; keys of one source
-    are names of its pictures. problems: what could not be read as a record; note: what else is to be said."""
+    are names of its pictures. problems: what could not be read as a record; note: what else is to be said; texts:
+    records that hold the captions, where those of the pictures do not; mixture: of which this is a part."""
 
     name: str
     source: str
     records: Sequence[Record]
     problems: tuple[Problem, ...] = ()
     note: str = ""
+    texts: Sequence[Record] | None = None
+    mixture: str = ""
 
 
 @dataclass
@@ -60,7 +63,8 @@ class Seen:
 @dataclass(frozen=True)
 class Overlap:
     """What ``two`` shares with ``one``: records of the same name, pictures of the same bytes (places in both), pictures
-    that look alike (places in both; None where hashes were not computed), captions of the same words."""
+    that look alike (places in both; None where hashes were not computed), captions of the same words. mixed: both are
+    parts of one mixture."""
 
     one: str
     two: str
@@ -68,10 +72,11 @@ class Overlap:
     same: list[tuple[int, int]]
     near: list[tuple[int, int]] | None
     captions: int
+    mixed: bool = False
 
     @property
     def leaks(self) -> bool:
-        return bool(self.keys or self.same)
+        return not self.mixed and bool(self.keys or self.same)
 
 
 @dataclass
@@ -116,6 +121,7 @@ class Survey:
                     "bytes": len(overlap.same),
                     "look_alike": None if overlap.near is None else len(overlap.near),
                     "captions": overlap.captions,
+                    "parts_of_a_mixture": overlap.mixed,
                 }
                 for overlap in self.overlaps
             ],
@@ -159,7 +165,11 @@ def _see(portion: Portion, most: int | None, workers: int | None, progress: Prog
             keys.append(hash(record.key))
             yield record
 
-    captions = read_captions(noted(progress(records, total, f"{portion.name}: captions")))
+    if portion.texts is None:
+        captions = read_captions(noted(progress(records, total, f"{portion.name}: captions")))
+    else:
+        captions = read_captions(progress(portion.texts, len(portion.texts), f"{portion.name}: texts"))
+        keys = [hash(record.key) for record in records]
     pictures, looked = None, 0
     if total and records[0].image is not None:
         looked = total if most is None else min(most, total)
@@ -180,7 +190,8 @@ def _overlap(one: Seen, two: Seen) -> Overlap:
             near = [(a, b) for a, b in pairs if b not in equal]
     keys = len(duplicates.shared(one.keys, two.keys)) if one.portion.source == two.portion.source else 0
     captions = len(duplicates.shared(one.captions.texts, two.captions.texts))
-    return Overlap(one.name, two.name, keys, same, near, captions)
+    mixed = one.portion.mixture == two.portion.mixture != ""
+    return Overlap(one.name, two.name, keys, same, near, captions, mixed)
 
 
 def _same(one: np.ndarray, two: np.ndarray) -> list[tuple[int, int]]:

@@ -76,17 +76,19 @@ def _damage(arrow: Any) -> tuple[type[BaseException], ...]:
 
 @dataclass(frozen=True)
 class Table:
-    """One file: parquet, or arrow's stream or file format; ``stat``: its state when it was looked through."""
+    """One file: parquet, or arrow's stream or file format; ``stat``: its state when it was looked through; split: that
+    its name says, empty if none."""
 
     path: str
     stat: Stat
+    split: str = ""
 
     @staticmethod
-    def at(path: str) -> Table:
+    def at(path: str, split: str = "") -> Table:
         found = status(path)
         if found is None:
             raise DataError(f"{path} does not exist or is not a file")
-        return Table(path, found)
+        return Table(path, found, split)
 
 
 # ---- finding the files ----------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ def open_parquet(config: SourceConfig, errors: Errors) -> ColumnSource:
         found = [name for name in found if in_split(config.split, _split_of(name))]
         config = _without_split(config)
     _confine(path, found)
-    return _open(config, [Table.at(join(path, name)) for name in found], errors)
+    return _open(config, [Table.at(join(path, name), _split_of(name)) for name in found], errors)
 
 
 def _folders(path: str) -> list[str]:
@@ -131,11 +133,11 @@ def open_arrow(config: SourceConfig, errors: Errors) -> ColumnSource:
         if not chosen:
             raise DataError(f'{path}: has no split "{config.split}" (there are: {", ".join(splits)})')
         config = _without_split(config)
-        found = [f"{split}/{name}" for split in chosen for name in _arrow_files(join(path, split))]
+        found = {f"{split}/{name}": split for split in chosen for name in _arrow_files(join(path, split))}
     else:
-        found = _arrow_files(path)
-    _confine(path, found)
-    return _open(config, [Table.at(join(path, name)) for name in found], errors)
+        found = dict.fromkeys(_arrow_files(path), "")
+    _confine(path, list(found))
+    return _open(config, [Table.at(join(path, name), split) for name, split in found.items()], errors)
 
 
 def _arrow_files(folder: str) -> list[str]:
@@ -197,12 +199,13 @@ def _rows(arrow: Any, table: Table, number: int, config: SourceConfig) -> Iterat
         for field in handle.schema
         if not _holds_bytes(arrow, field.type) and not _is_vector(arrow, field.type)
     ]
+    said = {config.split_field: table.split} if config.by_split and table.split else {}
     count = 0
     for batch in handle.batches(columns):
         names = batch.schema.names
         for values in zip(*(column.to_pylist() for column in batch.columns)):
             where = f"{table.path}:{count}"
-            yield Row(where, dict(zip(names, values)), count, 0, number, holder)
+            yield Row(where, {**said, **dict(zip(names, values))}, count, 0, number, holder)
             count += 1
 
 

@@ -58,13 +58,15 @@ class SourceConfig(SourceOptions):
     of it are refused. split: keep records whose ``split_field`` is one of these: ``train``, ``train+restval``,
     ``not val+test``. needs: what every record must have; with ``images`` captions are left out, with ``pictures`` they
     may be missing, with ``texts`` there are no pictures, with ``names`` pictures are named and not looked for (models
-    that read regions). weight: in a mixture.
+    that read regions). by_split: records of different splits stay apart, also those of one picture, and their group is
+    the split. weight: in a mixture.
     """
 
     path: str = field(kw_only=True)
     images: str | None = None
     split: str | None = None
     needs: Needs = "pairs"
+    by_split: bool = False
     weight: float = 1.0
 
     def __post_init__(self) -> None:

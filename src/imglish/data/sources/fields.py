@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from imglish.data.errors import Problem, printable
 from imglish.data.sources.config import SourceConfig, in_split
 from imglish.data.sources.rows import Row
 
-IMAGE = ("image", "file_name", "filename", "path", "filepath", "image_path", "image_file", "img", "file", "jpg")
+IMAGE = (
+    "image",
+    "file_name",
+    "filename",
+    "path",
+    "filepath",
+    "image_path",
+    "image_file",
+    "img",
+    "file",
+    "jpg",
+    "images",
+)
 ENCODED = ("image_base64", "base64", "b64", "image_bytes", "bytes")
 CAPTIONS = (("captions", "caption"), ("sentences", "sentence"), ("texts", "text"), ("txt",))
 SWAPPED = ("swapped", "negative_captions", "negative_caption")
 LANGUAGE = ("language", "lang")
 MAX_CAPTION = 20_000  # characters; a longer text is a page, not a caption
 MAX_NAME = 4096
+SEVERAL = "several pictures"  # of one row
 
 
 @dataclass(slots=True)
@@ -61,8 +74,20 @@ class Fields:
             if not captions and config.needs != "pictures":
                 return None, problems or [self._none(row)]
         swapped = self._swapped(fields, len(captions), row.where, problems)
-        label = reach(fields, config.group_field)
+        label = reach(fields, config.split_field if config.by_split else config.group_field)
         return Found(name, captions, swapped, label if isinstance(label, str) else _number(label), encoded), problems
+
+    def apart(self, row: Row) -> list[Row]:
+        """A row with a list of pictures as a row for each of them, any other as it is."""
+        field = self._picture_field(row.fields)
+        several = reach(row.fields, field) if field is not None and row.holder is None else None
+        if not isinstance(several, list) or not several:
+            return [row]
+        return [replace(row, fields={**row.fields, str(field): name}) for name in several]
+
+    def _picture_field(self, fields: Mapping[str, Any]) -> str | None:
+        names = (self.config.image_field,) if self.config.image_field else (*IMAGE, *ENCODED)
+        return next((name for name in names if reach(fields, name) not in (None, "")), None)
 
     def _language(self, fields: Mapping[str, Any]) -> bool:
         said = next((fields[name] for name in LANGUAGE if name in fields), None)
@@ -72,13 +97,15 @@ class Fields:
         where, fields = row.where, row.fields
         if row.holder is not None:
             return where, row.holder
-        names = (self.config.image_field,) if self.config.image_field else (*IMAGE, *ENCODED)
-        field = next((name for name in names if reach(fields, name) not in (None, "")), None)
+        field = self._picture_field(fields)
         if field is None:
             known = printable(", ".join(map(str, fields)))
             wanted = repr(self.config.image_field) if self.config.image_field else "one of the usual fields"
             return Problem(where, "no picture", f"{where}: no picture path in {wanted} (fields: {known})")
         name = reach(fields, field)
+        if isinstance(name, list):
+            text = f"{where}: the field {field!r} holds {len(name)} pictures, no caption is of all of them"
+            return Problem(where, SEVERAL, text)
         if not isinstance(name, str):
             return Problem(where, "wrong type", f"{where}: the field {field!r} holds {_short(name)}, no picture path")
         if field in ENCODED or name.startswith("data:image"):

@@ -25,13 +25,16 @@ Opener = Callable[[SourceConfig, Errors], Source]
 class Mixture(Source):
     """The records of ``sources`` one behind the other; pictures of different sources are different pictures.
 
-    weights: how often an epoch of training shows each record of a source. Evaluation takes every record once.
+    weights: how often an epoch of training shows each record of a source. Evaluation takes every record once. names: of
+    the sources, for messages.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], errors: Errors) -> None:
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float], errors: Errors, names: Sequence[str] = ()
+    ) -> None:
         if not sources or len(sources) != len(weights):
             raise DataError(f"a mixture of {len(sources)} sources with {len(weights)} weights")
-        self.sources, self.weights, self.errors = tuple(sources), tuple(weights), errors
+        self.sources, self.weights, self.errors, self.names = tuple(sources), tuple(weights), errors, tuple(names)
         self._starts = runs(np.array([len(source) for source in sources]))
         # A source may use any numbers for its pictures, so each gets a range of its own.
         self._ids = runs(np.array([_beyond(source) for source in sources]))
@@ -67,7 +70,7 @@ def open_mixture(config: SourceConfig, errors: Errors, opener: Opener) -> Mixtur
 
     Paths are relative to the file. ``needs`` of the mixture holds for all of its sources.
     """
-    sources, weights = [], []
+    sources, weights, names = [], [], []
     for number, entry in enumerate(_entries(config.path)):
         inner = from_mapping(entry, f"{config.path}: source {number + 1}")
         changes: dict[str, Any] = {
@@ -81,7 +84,8 @@ def open_mixture(config: SourceConfig, errors: Errors, opener: Opener) -> Mixtur
         sources.append(opener(inner, Errors(inner.max_errors, errors.file, errors.what)))
         errors.extend(sources[-1].errors.named)
         weights.append(inner.weight)
-    return Mixture(sources, weights, errors)
+        names.append(f"{entry['path']}, {inner.split}" if inner.split else str(entry["path"]))
+    return Mixture(sources, weights, errors, names)
 
 
 def _entries(path: str) -> list[dict[str, Any]]:

@@ -77,7 +77,14 @@ class Collector:
         self.any_swapped = self.any_group = False
 
     def add(self, row: Row | Problem) -> None:
-        """Take a row, or count why there is none."""
+        """Take a row, or count why there is none. Where pictures alone are wanted, a row may name several."""
+        if isinstance(row, Row) and self.config.needs == "images":
+            for one in self.fields.apart(row):
+                self._add(one)
+        else:
+            self._add(row)
+
+    def _add(self, row: Row | Problem) -> None:
         self.rows += 1
         if self.rows % CHECK_EVERY == 0:
             self.errors.check(self.rows, self.rows)
@@ -95,7 +102,8 @@ class Collector:
         self.holder = found.encoded or self.holder
         name = (row.key or row.where.rsplit("/", 1)[-1]) if stands_alone else found.name
         self.names.add(name)
-        self.hashes.append(len(self.hashes) if stands_alone else hash(name))
+        named = (name, found.group) if self.config.by_split else name
+        self.hashes.append(len(self.hashes) if stands_alone else hash(named))
         self.counts.append(len(found.captions))
         for number, caption in enumerate(found.captions):
             self.captions.add(caption)

@@ -131,8 +131,8 @@ def _texts(columns: dict[str, np.ndarray]) -> dict[str, Texts]:
 
 def _index_path(config: SourceConfig) -> Path:
     """Where the index lies: ``config.index``, beside the tars, or in the cache folder where nothing can be written."""
-    asked = [config.split, config.split_field, config.language, config.caption_fields, config.group_field]
-    asked += [config.swapped_field, config.needs]
+    asked: list[object] = [config.split, config.split_field, config.language, config.caption_fields, config.group_field]
+    asked += [config.swapped_field, config.needs, config.by_split]
     place = config.path if is_remote(config.path) else os.path.abspath(config.path)
     if config.index is not None:
         asked.append(place)
