@@ -109,3 +109,39 @@ def test_the_report(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "area under the curve" in text
     assert "itm is not a number" in text
     assert text.count("data:image/") >= 6
+
+
+def test_a_full_disk_leaves_no_list(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = scored(tmp_path / "scores", photos)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("imglish.atomic.os.fsync", full)
+        assert main(["filter", str(scores), "--out", str(tmp_path / "kept"), "--no-report"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == []
+    assert main(["filter", str(scores), "--out", str(tmp_path / "kept"), "--no-report"]) == 0
+
+
+def test_texts_do_no_harm_in_terminal_and_report(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.loads(line) for line in photos.read_text().splitlines()]
+    lines[0]["captions"] = ["a \x1b[31mred\x07 hat", "<script>alert(1)</script> a hat"]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "images").symlink_to(photos.parent / "images")
+    scores = scored(tmp_path / "scores", tmp_path / "captions.jsonl")
+    assert main(["filter", str(scores), "--min-itm", "0.1", "--out", str(tmp_path / "kept")]) == 0
+    assert "control characters" in capsys.readouterr().out
+    assert main(["filter", str(tmp_path / "kept"), "--why", "0.png"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("dropped: control characters")
+    assert "\x1b" not in said
+    page = (tmp_path / "kept" / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "\x1b" not in page
+    assert "Texts of several pictures" in page

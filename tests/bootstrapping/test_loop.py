@@ -68,6 +68,8 @@ def test_the_whole_loop(data: dict[str, dict[str, str]], tmp_path: Path, capsys:
     assert main(["bootstrap", str(path), "--check"]) == 0
     assert "can be checked when captioner is there" in capsys.readouterr().out
     assert not out.exists()
+    assert main(["train", str(path)]) == 2
+    assert "`imglish bootstrap` runs such recipes" in capsys.readouterr().err
     assert main(["bootstrap", str(path)]) == 0
     said = capsys.readouterr().out
     assert "20 captions of 20 pictures" in said

@@ -11,9 +11,11 @@ import imglish
 from imglish.bootstrapping.captioning import fingerprint
 from imglish.bootstrapping.scoring import Scorer
 from imglish.bootstrapping.stage import Stage
+from imglish.checkpoints import native
 from imglish.cli import main
 from imglish.data.images import ImageError
 from imglish.data.sources import open_source
+from imglish.models import registry
 
 
 def captions(models: Path, photos: Path, out: Path, *more: str) -> list[str]:
@@ -85,3 +87,40 @@ def test_the_fingerprint_changes_with_a_weight(models: Path) -> None:
     before = fingerprint(network)
     next(network.parameters()).data.add_(1)
     assert fingerprint(network) != before
+
+
+def test_scores_of_a_broken_model_are_no_numbers_and_nothing_is_kept(
+    models: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = imglish.load(models / "blip-tiny", "cpu")
+    broken.network.itm_head.weight.data.fill_(float("nan"))  # type: ignore[union-attr]
+    native.export(tmp_path / "broken", broken.network, broken.tokenizer)
+    assert main(["score", str(photos), "--model", str(tmp_path / "broken"), "--out", str(tmp_path / "scores")]) == 0
+    table = Stage.open(tmp_path / "scores").tables()
+    assert table["itm"].null_count == table["itc"].null_count == 2
+    assert np.isnan(table["itm"].drop_null().to_numpy()).all()
+    assert main(["filter", str(tmp_path / "scores"), "--out", str(tmp_path / "kept")]) == 1
+    assert "12 itm is not a number" in capsys.readouterr().err
+    assert main(["filter", str(tmp_path / "scores"), "--no-min-itm", "--min-itc", "-1"]) == 0
+
+
+def test_a_model_of_pictures_alone_is_refused_with_those_that_can(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native.export(tmp_path / "beit", registry.build(registry.named("beit-tiny")), None)
+    command = ["score", str(photos), "--model", str(tmp_path / "beit"), "--out", str(tmp_path / "scores")]
+    assert main(command) == 2
+    assert "Families that do: " in capsys.readouterr().err
+    assert not (tmp_path / "scores").exists()
+
+
+def test_captions_that_went_away_are_named(
+    models: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(captions(models, photos, tmp_path / "captions", "--per-shard", "4")) == 0
+    (tmp_path / "captions" / "00001.parquet").unlink()
+    score = ["score", str(tmp_path / "captions"), "--model", str(models / "blip-tiny"), "--out", str(tmp_path / "s")]
+    assert main(score) == 1
+    said = capsys.readouterr().err
+    assert "the captions of shard 00001 are not written yet" in said
+    assert "1 of 2 shards failed" in said

@@ -154,3 +154,35 @@ def test_the_shard_of_a_killed_worker_is_taken_over(tmp_path: Path, data: Path) 
     assert stage.tables()["key"].to_pylist() == [f"{i}.png" for i in range(12)]
     assert set(stage.tables()["rank"].to_pylist()) == {1}
     assert list((stage.out / ".work").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_killed_at_random_moments_lose_no_row_and_write_none_twice(
+    tmp_path: Path, data: Path, seed: int
+) -> None:
+    """Two processes at a time, each killed after a random while and started anew, until two came to their end."""
+    stage = Stage.begin(tmp_path / "out", "keys", {}, SourceConfig(path=str(data)), 1)
+    rng = np.random.default_rng(seed)
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    ended, kills, deadline = set[int](), 0, time.monotonic() + 300
+    while ended != {0, 1}:
+        assert time.monotonic() < deadline
+        for rank in {0, 1} - ended - set(running):
+            command = [sys.executable, "-c", WORKER, str(stage.out), str(rank), "0.1"]
+            running[rank] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(float(rng.uniform(0.05, 1.5)))
+        for rank, process in list(running.items()):
+            if process.poll() is None and kills < 8 and rng.random() < 0.5:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                del running[rank]
+            elif process.poll() is not None:
+                assert process.returncode == 0
+                ended.add(rank)
+                del running[rank]
+    assert kills
+    assert stage.tables()["key"].to_pylist() == [f"{i}.png" for i in range(12)]
+    assert not list((stage.out / ".work").glob("*.lease"))
+    assert {path.name for path in stage.out.glob("*.parquet")} == {f"{shard.name}.parquet" for shard in stage.shards}

@@ -31,6 +31,7 @@ from imglish.training.settings import SettingsError, read_mapping
 from imglish.training.trainer import Result, check, train
 
 KEYS = {"output", "shared", "stages"}
+ELSEWHERE = ("caption", "score", "filter")  # what a stage of `imglish bootstrap` says that is no training
 REFERENCES = (("model", "start"), ("model", "init"), ("targets",))
 
 
@@ -98,6 +99,9 @@ class Frame:
 
     def stage(self, name: str, earlier: Mapping[str, Stage]) -> Stage:
         """The training called ``name``, which may use the models of ``earlier`` ones."""
+        for job in ELSEWHERE:
+            if job in self.stages[name]:
+                raise SettingsError(f"stages.{name}.{job}", "is no training; `imglish bootstrap` runs such recipes")
         merged = _merged(self.shared, self.stages[name]) | {"output": str(self.folder(name))}
         try:
             needs = _resolve(merged, earlier, self.names)
