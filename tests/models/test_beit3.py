@@ -297,7 +297,11 @@ def test_captions_of_one_picture_share_it(config: Beit3Config) -> None:
     hidden = TextBatch(masked.ids, texts.segments)
     together = model.fill_caption_masks(images, hidden, masked.rows, masked.counts, captions=2)
     assert seen == [2]
-    each = model.fill_caption_masks(images.repeat_interleave(2, 0), hidden, masked.rows, masked.counts)
+    with FlopCounterMode(display=False) as work:
+        model.fill_caption_masks(images, hidden, masked.rows, masked.counts, captions=2)
+    with FlopCounterMode(display=False) as twice:
+        each = model.fill_caption_masks(images.repeat_interleave(2, 0), hidden, masked.rows, masked.counts)
+    assert work.get_total_flops() < 0.65 * twice.get_total_flops()  # 37 picture tokens and two texts of 6.5
     torch.testing.assert_close(together, each, rtol=1e-4, atol=1e-5)
     one = model.fill_caption_masks(  # a later word is never seen
         images[:1],
