@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +54,15 @@ def test_a_run_learns_and_tells(tmp_path: Path, family: str, capsys: pytest.Capt
     assert result.model is not None
     assert load(result.model).meta["step"] == 60
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for part in ("GFLOP a pair", "GiB", "Losses", "Retrieval on the validation pairs", "gradient norm", "optimiser.lr", "mean recall"):
+    for part in (
+        "GFLOP a pair",
+        "GiB",
+        "Losses",
+        "Retrieval on the validation pairs",
+        "gradient norm",
+        "optimiser.lr",
+        "mean recall",
+    ):
         assert part in report
     assert "the best so far" in capsys.readouterr().err
     assert read_events(tmp_path / "log.jsonl") == json.loads(json.dumps(result.events))
@@ -121,3 +130,18 @@ def test_tensorboard_gets_the_numbers_or_is_asked_for(tmp_path: Path, monkeypatc
     steps = [event for event in result.events if event["event"] == "step"]
     assert all(written["step/losses/itc", event["step"]] == event["losses"]["itc"] for event in steps)
     assert ("closed", 0) in written
+
+
+def test_the_score_rule_is_a_setting_that_stays_with_the_model(tmp_path: Path) -> None:
+    held = records(8)
+    rules = {"validation": {"rerank": 2, "score_rule": "itm+itc"}}
+    first = train(recipe(tmp_path / "a", "albef", schedule={"steps": 2, "warmup_steps": 0}, **rules), records(), held)
+    assert load(first.model).score_rule == "itm+itc"
+    model = {"init": str(first.model), "mlm": False}
+    again = recipe(tmp_path / "b", "albef", schedule={"steps": 1, "warmup_steps": 0})
+    again = replace(again, model=model)
+    second = train(again, records(), held)
+    assert load(second.model).score_rule == "itm+itc"  # retrieval fine-tuning goes on with the rule of its start
+    assert not any(name.startswith("mlm") for event in second.events for name in event.get("losses", {}))
+    with pytest.raises(SettingsError, match=r"validation\.score_rule: Clip matches no pairs"):
+        train(recipe(tmp_path / "c", "clip", **rules), records(), held)

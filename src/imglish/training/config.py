@@ -12,6 +12,7 @@ from imglish.data.images import Detail
 from imglish.data.patch_masks import PatchMaskConfig
 from imglish.data.sources import SourceOptions
 from imglish.data.text import CaptionStyle
+from imglish.evaluation.rerank import ScoreRule
 from imglish.training.settings import SettingsError, fill, read_mapping
 
 TaskName = Literal["vqa", "nlvr2", "entailment"]
@@ -230,8 +231,10 @@ class ValidationRecipe:
     """Retrieval on held-out pairs while training. data: file, folder or URL (None: no validation, or records given in
     Python); images, split, source: as in ``data``; every: epochs between two (may be a fraction); limit: only the first
     so many pictures; rerank: candidates that the fusion tower rescores (0: towers alone; a model without towers reads
-    every pair, so ``limit`` has to keep them few); captions: so many of the pictures get a caption, which CIDEr-D
-    compares with theirs, where the model writes captions (0: none until the report at the end, which shows a dozen);
+    every pair, so ``limit`` has to keep them few); score_rule: how the fusion ranks pairs (docs/evaluate.md), stored with
+    the model too (None: as the checkpoint of ``model.init`` says, else by the matching logit); captions: so many of the
+    pictures get a caption, which CIDEr-D compares with theirs, where the model writes captions (0: none until the report
+    at the end, which shows a dozen);
     regions: as in ``data``."""
 
     data: str | None = None
@@ -241,6 +244,7 @@ class ValidationRecipe:
     every: float = 1.0
     limit: int | None = None
     rerank: int = 0
+    score_rule: ScoreRule | None = None
     captions: int = 0
     regions: str | None = None
 

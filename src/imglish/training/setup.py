@@ -29,6 +29,7 @@ from imglish.data.sources import Needs, SourceConfig, open_source
 from imglish.data.sources.base import digest
 from imglish.data.text import clean_caption, clean_record
 from imglish.data.tokenizers import Tokenizer, TokenizerError
+from imglish.evaluation.rerank import ScoreRule
 from imglish.models import registry
 from imglish.models.vit import VisionTransformer
 from imglish.objectives.gather import rank, world_size
@@ -42,7 +43,8 @@ class Materials:
     """train and validation records; words: the tokenizer, None for models of pictures only; config of the model, with
     the tokenizer's vocabulary; start: the model that the run begins from, where ``model.init`` names one; earlier: the
     model of an earlier stage, where ``model.start`` names one; targets: the model that it learns from, where
-    ``targets`` names one; alone: records of pictures alone and of texts alone, where the recipe has them."""
+    ``targets`` names one; alone: records of pictures alone and of texts alone, where the recipe has them; score_rule:
+    how the fusion ranks pairs, None: as its family does."""
 
     records: Sequence[Record]
     validation: Sequence[Record]
@@ -52,6 +54,7 @@ class Materials:
     targets: nn.Module | None = None
     earlier: nn.Module | None = None
     alone: tuple[Sequence[Record], Sequence[Record]] | None = None
+    score_rule: ScoreRule | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -121,7 +124,9 @@ def gather_materials(
     if prompt := getattr(config, "prompt", ""):
         # without opening and closing token
         config = dataclasses.replace(config, prompt_tokens=len(tokenizer.encode([prompt])[0]) - 2)
-    return Materials(train, held_out, tokenizer, config, start, targets, earlier, alone)
+    rule: Any = loaded.score_rule if loaded is not None and loaded.score_rule != "itc" else None
+    rule = recipe.validation.score_rule or rule
+    return Materials(train, held_out, tokenizer, config, start, targets, earlier, alone, rule)
 
 
 def base_config(recipe: Recipe) -> tuple[Any, Loaded | None]:

@@ -216,7 +216,7 @@ class Run:
         if rank() == 0:
             from imglish.training.summary import write_report  # matplotlib takes half a second, so only at the end
 
-            export(exported, self._evaluated(), self.materials.words, self._provenance())
+            self._export(exported)
             if not any(event["event"] == "end" for event in self.journal.events):
                 self.journal.write("end", self.step, seconds=self._elapsed(), best=self.best)
             write_report(self.folder, self.recipe, self.model, self.plan, self.journal.events, findings)
@@ -335,7 +335,7 @@ class Run:
         if better:
             self.best = found.as_best(self.step)
             if rank() == 0:
-                export(self.folder / "best", self._evaluated(), self.materials.words, self._provenance())
+                self._export(self.folder / "best")
         self.interval.began += time.perf_counter() - began  # rates speak of training alone
 
     def _save_if_due(self) -> None:
@@ -396,6 +396,10 @@ class Run:
 
     def _evaluated(self) -> nn.Module:
         return self.model if self.average is None else self.average.model
+
+    def _export(self, path: Path) -> None:
+        materials = self.materials
+        export(path, self._evaluated(), materials.words, self._provenance(), materials.score_rule)
 
     def _provenance(self) -> dict[str, Any]:
         recipe = self.recipe.to_dict()

@@ -52,7 +52,9 @@ def validate(model: nn.Module, teacher: Any, materials: Materials, recipe: Recip
         return Validated(entry, "loss", losses.total, f"held out {losses.text()}")
     regions = region_file(recipe, "validation", model.config)
     load = None if regions is None else region_loader(regions)
-    found = evaluate_retrieval(model, materials.tokenizer, materials.validation, _config(model, recipe), load)
+    found = evaluate_retrieval(
+        model, materials.tokenizer, materials.validation, _config(model, materials, recipe), load
+    )
     mean = found.best["r_mean"]
     return Validated({"towers": found.towers, "reranked": found.reranked}, "r_mean", mean, f"mean recall {mean:.2f} %")
 
@@ -80,6 +82,8 @@ def check_validation(model: nn.Module, materials: Materials, recipe: Recipe) -> 
     if not materials.validation:
         return
     region_file(recipe, "validation", materials.config)
+    if recipe.validation.score_rule and not isinstance(model, Matches):
+        raise SettingsError("validation.score_rule", f"{type(model).__name__} matches no pairs; leave this setting out")
     if recipe.validation.captions and not isinstance(model, Captions):
         raise SettingsError("validation.captions", f"{type(model).__name__} writes no captions; leave this setting out")
     if not _retrieves(materials, recipe):
@@ -88,14 +92,14 @@ def check_validation(model: nn.Module, materials: Materials, recipe: Recipe) -> 
         return
     texts = int(caption_counts(materials.validation).sum())
     try:
-        how_many(_config(model, recipe), len(materials.validation), texts, model, [])
+        how_many(_config(model, materials, recipe), len(materials.validation), texts, model, [])
     except ValueError as error:
         raise SettingsError("validation.limit", str(error)) from error
 
 
-def _config(model: nn.Module, recipe: Recipe) -> RetrievalConfig:
+def _config(model: nn.Module, materials: Materials, recipe: Recipe) -> RetrievalConfig:
     rerank = recipe.validation.rerank if isinstance(model, Matches) else 0
-    return RetrievalConfig(rerank=rerank, machine=_machine(recipe))
+    return RetrievalConfig(rerank=rerank, score_rule=materials.score_rule or "itm", machine=_machine(recipe))
 
 
 def _machine(recipe: Recipe) -> Machine:
