@@ -231,11 +231,10 @@ class ValidationRecipe:
     """Retrieval on held-out pairs while training. data: file, folder or URL (None: no validation, or records given in
     Python); images, split, source: as in ``data``; every: epochs between two (may be a fraction); limit: only the first
     so many pictures; rerank: candidates that the fusion tower rescores (0: towers alone; a model without towers reads
-    every pair, so ``limit`` has to keep them few); score_rule: how the fusion ranks pairs (docs/evaluate.md), stored with
-    the model too (None: as the checkpoint of ``model.init`` says, else by the matching logit); captions: so many of the
-    pictures get a caption, which CIDEr-D compares with theirs, where the model writes captions (0: none until the report
-    at the end, which shows a dozen);
-    regions: as in ``data``."""
+    every pair, so ``limit`` has to keep them few); score_rule: how the fusion ranks pairs (docs/evaluate.md), as is
+    stored with the model (None: by ``model.init``, else by the matching logit); captions: so many of the pictures get a
+    caption, which CIDEr-D compares with theirs, where the model writes captions (0: none until the report at the end,
+    which shows a dozen); regions: as in ``data``."""
 
     data: str | None = None
     images: str | None = None
