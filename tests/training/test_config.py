@@ -9,7 +9,7 @@ import pytest
 
 from imglish.bootstrapping.loop import read_loop
 from imglish.training.config import plan, read_recipe, recipe_from
-from imglish.training.settings import SettingsError, lay_over
+from imglish.training.settings import SettingsError, lay_over, read_mapping
 from imglish.training.setup import base_config, gather_materials
 from imglish.training.stages import Stage, is_pipeline
 from imglish.training.trainer import train
@@ -128,6 +128,8 @@ def test_recipe_files(tmp_path: Path) -> None:
         lay_over({}, "lr")
     with pytest.raises(SettingsError, match=r"optimiser\.lr\.x: optimiser\.lr is 3, it has no settings inside"):
         lay_over({"optimiser": {"lr": 3}}, "optimiser.lr.x=1")
+    path.write_text("a: &one {b: {c: 1}}\nd: *one\n")  # an override of one place leaves the other alone
+    assert read_mapping(path, ["d.b.c=2"]) == {"a": {"b": {"c": 1}}, "d": {"b": {"c": 2}}}
 
 
 def test_wrong_data_and_tokenizers_are_named(tmp_path: Path) -> None:

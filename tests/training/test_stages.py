@@ -177,6 +177,14 @@ def test_command_runs_and_checks_stages(data: Path, tmp_path: Path, capsys: pyte
     assert STOPPED == 75
 
 
+def test_a_stage_that_is_null_is_left_out(data: Path, tmp_path: Path) -> None:
+    given = pipeline(data, tmp_path)
+    given["stages"] |= {"codes": None, "images": given["stages"]["images"] | {"targets": "elsewhere/model"}}
+    stages = stages_from(given)
+    assert [Path(stage.recipe.output).name for stage in stages] == ["1-images", "2-texts", "3-pairs"]
+    assert (stages[0].recipe.targets, stages[0].needs) == ("elsewhere/model", ())
+
+
 def test_mistakes_are_named(data: Path, tmp_path: Path) -> None:
     def broken(**changes: Any) -> dict[str, Any]:
         return pipeline(data, tmp_path) | changes
@@ -189,6 +197,8 @@ def test_mistakes_are_named(data: Path, tmp_path: Path) -> None:
         (broken(stages={"a": {"model": {"name": "clip-tiny"}, "output": "x"}}), "output"),
         (broken(stages={"a": {"model": {"name": "clip-tiny"}, "optimizer": {}}}), "stages.a.optimizer"),
         (broken(stages={"a": 3}), "not a group"),
+        (broken(stages={"a": None}), "at least one"),
+        (broken(stages={"b": None, "a": {"model": {"name": "clip-tiny", "init": "b"}}}), r"stages\.a\.model.*is left"),
     ):
         with pytest.raises(SettingsError, match=problem):
             stages_from(given)
