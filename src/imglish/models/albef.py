@@ -118,7 +118,7 @@ class Albef(AlignedFusion):
         teacher = self._needed(teacher)
         count = len(batch)
         texts = all_texts(batch, self.config.mlm)  # clean, masked and swapped texts pass the text layers together
-        tokens = self.vision(batch.images)
+        tokens = self.vision(batch.squares)
         rows = self._text_states(texts)
         starts = texts.segments.starts(rows.device)
         wrong = batch.swapped is not None and self.config.itc_swapped
@@ -137,7 +137,7 @@ class Albef(AlignedFusion):
     def _teacher_towers(self, batch: Batch, distils: bool) -> _Towers:
         """Of the clean texts [CLS] only, ``(B, D)``; then, where MLM is distilled, all states of the masked texts."""
         texts = batch.texts
-        tokens, segments = self.vision(batch.images), texts.segments
+        tokens, segments = self.vision(batch.squares), texts.segments
         if batch.masked is None or not distils or not self.config.mlm:
             return _Towers(tokens, self._text_states(texts, Rows.first(segments, tokens.device)), segments)
         both = TextBatch(torch.cat([texts.ids, batch.masked.ids]), segments + segments)
