@@ -73,6 +73,7 @@ def test_captions_are_counted() -> None:
     assert found.per_picture.tolist() == [2, 2, 3]
     assert found.common[0] == ("hat", 4)
     assert "a" not in dict(found.common)
+    assert read_captions([record("m", None, "A man with a dog.")]).common == [("man", 1), ("dog", 1)]  # Swedish: one
     assert [count for _, count in found.repeated] == [2]  # of two pictures, though three captions say it
     assert len(np.unique(found.texts)) == 5
 

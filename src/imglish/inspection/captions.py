@@ -10,18 +10,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from imglish.data.records import Record
-from imglish.inspection.languages import FUNCTION_WORDS, language_of, words
+from imglish.inspection.languages import function_words, language_of, words
 
 SHOWN_WORDS = 40
 _SAID = re.compile(r"\w+")  # with digits: "size 38" is not "size 39"
+SPOKEN = 0.05  # share of the captions from which on a language counts as one of the set
 LONG = 200  # words; a longer caption is more likely a page than a caption
 
 
 @dataclass
 class Captions:
     """lengths: words of each caption; per_picture: captions of each record; texts: 64-bit hashes of the captions, lower
-    case and without punctuation; common: most frequent words other than function words; repeated: texts that
-    several pictures have, with the number of pictures."""
+    case and without punctuation; common: most frequent words other than function words of the set's languages;
+    repeated: texts that several pictures have, with the number of pictures."""
 
     lengths: np.ndarray
     per_picture: np.ndarray
@@ -64,7 +65,9 @@ def read_captions(
                 seen[text] += 1
                 if seen[text] == 2:
                     examples[text] = caption
-    common = [(word, count) for word, count in counts.most_common(SHOWN_WORDS + 400) if word not in FUNCTION_WORDS]
+    spoken = [language for language, count in languages.items() if count >= SPOKEN * len(lengths)]
+    left_out = function_words(spoken)
+    common = [(word, count) for word, count in counts.most_common(SHOWN_WORDS + 400) if word not in left_out]
     repeated = sorted(((examples[text], seen[text]) for text in examples), key=lambda item: (-item[1], item[0]))
     return Captions(
         np.array(lengths, dtype=np.int64),

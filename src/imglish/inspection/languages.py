@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 UNCLEAR = "unclear"
 _WORDS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
@@ -41,7 +42,6 @@ _FUNCTION_WORDS: dict[str, frozenset[str]] = {
         "Indonesian": "dan di yang dengan dari untuk ini itu pada sebuah seorang dua sedang ke dalam",
     }.items()
 }
-FUNCTION_WORDS: frozenset[str] = frozenset().union(*_FUNCTION_WORDS.values())
 _LETTERS = {
     "Czech": re.compile(r"[ěřůčť]"),
     "Polish": re.compile(r"[ąęłśżźń]"),
@@ -53,6 +53,11 @@ _LETTERS = {
     "Vietnamese": re.compile(r"[ăđơưạảấầẩậắằặẹếềểệọốồổộớờợụủứừữựỳ]"),
     "Swedish": re.compile(r"å"),
 }
+
+
+def function_words(languages: Iterable[str]) -> frozenset[str]:
+    """Function words of these languages; those of one may be the subject matter of another (man)."""
+    return frozenset().union(*(_FUNCTION_WORDS.get(language, ()) for language in languages))
 
 
 def words(text: str) -> list[str]:
