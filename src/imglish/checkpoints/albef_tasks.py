@@ -10,7 +10,7 @@ from torch import Tensor
 
 from imglish.checkpoints import bert
 from imglish.checkpoints.albef import bert_rules
-from imglish.checkpoints.rules import ConversionError, Converted, Drop, Fresh, Rule, Table
+from imglish.checkpoints.rules import ConversionError, Converted, Drop, Fresh, Rule, Table, Tie
 from imglish.models.albef import AlbefConfig
 
 _UNUSED = "the task does not use it"
@@ -27,6 +27,14 @@ def teacher_table(config: AlbefConfig, pictures: int = 1) -> Table:
     return Table(*_model(_layers(config, pictures), "_m"))
 
 
+def pictures(official: Mapping[str, Tensor]) -> int:
+    """How many pictures a text has, told by the classes: three of visual entailment, two of NLVR2."""
+    classes = official["cls_head.2.weight"].shape[0]
+    if classes not in (2, 3):
+        raise ConversionError(f"a head with {classes} classes: 3 are known (visual entailment) and 2 (NLVR2)")
+    return 2 if classes == 2 else 1
+
+
 def _layers(config: AlbefConfig, pictures: int) -> AlbefConfig:
     return replace(config, depth=config.fusion_layer + pictures * (config.depth - config.fusion_layer))
 
@@ -38,6 +46,23 @@ def _model(config: AlbefConfig, suffix: str) -> Iterator[Rule | Drop | Fresh]:
     for name in ("mlm_head.bias", "mlm_head.{part}.{leaf}", "image_proj.{leaf}", "text_proj.{leaf}", "itm_head.{leaf}"):
         yield Fresh(f"albef.{name}", _UNUSED)
     yield Fresh("albef.temperature", _UNUSED)
+
+
+def vqa_table(config: AlbefConfig) -> Table:
+    """The student with its decoder of answers: official name -> ours."""
+    return Table(*_vqa(config, ""), *bert.dropped(_vqa(config, "_m"), "momentum copy: see vqa_teacher_table"))
+
+
+def vqa_teacher_table(config: AlbefConfig) -> Table:
+    """The momentum copy of the model for VQA."""
+    return Table(*_vqa(config, "_m"))
+
+
+def _vqa(config: AlbefConfig, suffix: str) -> Iterator[Rule | Drop | Tie | Fresh]:
+    for rule in _model(config, suffix):
+        if not (isinstance(rule, Rule) and rule.target.startswith("head.")):
+            yield rule
+    yield from bert.answers(f"text_decoder{suffix}", types=True)
 
 
 def convert(

@@ -83,3 +83,10 @@ QUEUE = [
     Drop(name, "queue of the momentum teacher")
     for name in ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue")
 ]
+
+
+def answers(prefix: str, types: bool) -> Iterator[Rule | Drop | Tie]:
+    """The decoder of answers, ``decoder`` of ours: all layers look at the question."""
+    yield from embeddings(f"{prefix}.bert.embeddings", "decoder.embedding", types)
+    yield from layer(f"{prefix}.bert.encoder.layer.{{i}}", "decoder.layers.{i}", PARTS)
+    yield from head(f"{prefix}.cls.predictions", f"{prefix}.bert.embeddings.word_embeddings.weight", "decoder.head")

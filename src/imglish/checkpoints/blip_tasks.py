@@ -31,12 +31,28 @@ def reasoning_table(config: BlipConfig, merged: int = 6) -> Table:
         theirs = f"text_encoder.encoder.layer.{number}.crossattention.output.merge_layer.{{leaf}}"
         rules.append(Rule(theirs, f"merge.{number - merged}.{{leaf}}"))
     rules.append(Rule("cls_head.{i}.{leaf}", "head.{i}.{leaf}"))
+    return Table(*rules, *_unused(config))
+
+
+def vqa_table(config: BlipConfig) -> Table:
+    """The model for VQA with its decoder of answers: official name -> ours."""
+    layers = "text_encoder.encoder.layer.{i}"
+    body = [
+        *bert.vision("visual_encoder"),
+        *bert.embeddings("text_encoder.embeddings", "embedding", types=False),
+        *bert.layer(layers, "layers.{i}", bert.PARTS),
+    ]
+    return Table(*map(_within, body), *bert.answers("text_decoder", types=False), *_unused(config))
+
+
+def _unused(config: BlipConfig) -> Iterator[Fresh]:
+    """Parts of the pre-training model."""
     names = [
         f"decoder.{{i}}.{part}{place}.{{leaf}}" for part in OWN_PARTS[config.share] for _, place in bert.PARTS[part]
     ]
     names += ["lm_head.bias", "lm_head.{part}.{leaf}", "image_proj.{leaf}", "text_proj.{leaf}", "itm_head.{leaf}"]
     names += ["temperature", *(["decoder_embedding.{part}.{leaf}"] if config.share == "none" else [])]
-    return Table(*rules, *(Fresh(f"blip.{name}", _UNUSED) for name in names))
+    yield from (Fresh(f"blip.{name}", _UNUSED) for name in names)
 
 
 def _looking(number: int, ours: str) -> Iterator[Rule]:

@@ -1,7 +1,7 @@
 """The form in which imglish exchanges models: a folder of safetensors, JSON and the tokenizer, complete in itself.
 
 model.safetensors   every parameter and persistent buffer by its name
-imglish.json        format version, family, configuration, picture input, score rule, head of a task, where it comes from
+imglish.json        format version, family, configuration, picture input, score rule, head of a task, origin
 tokenizer.json      the tokenizer with all its settings
 """
 
@@ -49,7 +49,10 @@ class Loaded:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of a model that reads texts; :class:`CheckpointError` where it does not."""
         if self.words is None:
-            raise CheckpointError(f"this model ({self.config.family}) takes pictures only, no texts")
+            able = sorted(name for name, (config, _) in registry.FAMILIES.items() if registry.reads_texts(config))
+            raise CheckpointError(
+                f"this model ({self.config.family}) takes pictures only, no texts. Families that do: {', '.join(able)}"
+            )
         return self.words
 
 
@@ -201,9 +204,8 @@ def _description(path: Path) -> dict[str, Any]:
 
 def _head(path: Path, data: Any) -> HeadConfig:
     try:
-        made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-        return HeadConfig(**made)
-    except (AttributeError, TypeError, ValueError) as error:
+        return HeadConfig(**{**data, "classes": tuple(data["classes"])})
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / DESCRIPTION}: the head cannot be used: {error}") from error
 
 

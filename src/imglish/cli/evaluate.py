@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imglish.cli import evaluate_tasks
+from imglish.cli import evaluate_answers, evaluate_tasks
 from imglish.cli.source_options import add_source_options, source_config
 from imglish.cli.writing import add_options, generation_config
 
@@ -60,8 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     captioning.add_argument("--batch", type=int, default=16, help="pictures at a time (default: 16)")
     captioning.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     captioning.add_argument("--out", default="eval-out", help="folder of the results (default: eval-out)")
+    captioning.add_argument("--java", default="", metavar="meteor,spice", help="further metrics (extra: captions)")
+    captioning.add_argument("--judge", metavar="MODEL", help="model that says how well captions fit their pictures")
     add_options(captioning, many=False)
     evaluate_tasks.add_jobs(jobs)
+    evaluate_answers.add_jobs(jobs)
     add = retrieval.add_argument
     add("--rerank", type=int, default=32, metavar="K", help="candidates that the fusion scores, 0: none (default: 32)")
     add("--all-pairs", action="store_true", help="the fusion scores every pair (small sets)")
@@ -167,22 +170,29 @@ def _captioning(arguments: argparse.Namespace) -> int:
     from imglish.evaluation.caption_report import captioning_report
     from imglish.evaluation.captions import CaptioningConfig, evaluate_captioning
     from imglish.evaluation.encoding import Machine
+    from imglish.evaluation.java_metrics import JAVA_METRICS
+    from imglish.evaluation.judging import Judge
     from imglish.objectives.gather import rank
     from imglish.training.ranks import pick_device, process_group
 
+    java: Any = tuple(name for name in arguments.java.split(",") if name)
+    if unknown := sorted(set(java) - set(JAVA_METRICS)):
+        raise ValueError(f"--java {','.join(unknown)}: choose of {', '.join(JAVA_METRICS)}")
     config = CaptioningConfig(
         generation_config(arguments),
         prompt=arguments.prompt,
         machine=Machine(image_block=arguments.batch, precision=arguments.precision),
+        java=java,
     )
     device = pick_device(arguments.device)
+    judge = None if arguments.judge is None else Judge.load(arguments.judge, device)
     loaded = load(arguments.model)
     out = Path(arguments.out)
     with process_group(device):
         records, errors = _records(arguments)
         model = loaded.model.to(device)
         result = evaluate_captioning(
-            model, loaded.tokenizer, records, config, predictions=out / "predictions.jsonl", errors=errors
+            model, loaded.tokenizer, records, config, predictions=out / "predictions.jsonl", errors=errors, judge=judge
         )
         first = rank() == 0
     if first:
@@ -221,5 +231,7 @@ _JOBS = {
     "captioning": _captioning,
     "compositional": evaluate_tasks.compositional,
     "zeroshot": evaluate_tasks.zeroshot,
+    "linear-probe": evaluate_tasks.linear_probe,
     "grounding": evaluate_tasks.grounding,
+    **dict.fromkeys(evaluate_answers.TASKS, evaluate_answers.answers),
 }

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from imglish.data.batch import TextBatch
 from imglish.models.albef import Albef
 from imglish.models.aligned import project
+from imglish.models.answering import AnswerDecoder
 from imglish.nn.attention import Memory
 from imglish.nn.blocks import Block
-from imglish.nn.segments import Rows, Segments
+from imglish.nn.segments import Ragged, Rows, Segments
 from imglish.objectives.mlm import mlm_loss
 
 
@@ -59,6 +60,26 @@ class AlbefEntailment(_Task):
     def forward(self, images: Tensor, texts: TextBatch) -> Tensor:
         """Logits ``(B, classes)``."""
         return self.classify(self.states(images, texts, Rows.first(texts.segments, texts.ids.device)))
+
+
+class AlbefVqa(nn.Module):
+    """Open answers: a decoder over the fused states of the question; it begins as the fusion layers."""
+
+    def __init__(self, albef: Albef, start: int, depth: int | None = None) -> None:
+        super().__init__()
+        self.albef = albef
+        layers = list(albef.fusion_layers)
+        self.decoder = AnswerDecoder(albef.config, len(layers) if depth is None else depth, start, types=2)
+        if depth is None:
+            self.decoder.begin_as(albef.embedding, layers, albef.mlm_head)
+
+    def questions(self, images: Tensor, texts: TextBatch) -> Ragged:
+        """Fused states of question b about picture b."""
+        rows = self.albef.encode_texts(texts).rows
+        assert rows is not None
+        memory = self.albef.project_images(self.albef.vision(images))
+        states = self.albef.fuse(rows, texts.segments, memory, Segments.equal(len(texts), 1))
+        return Ragged(states, texts.segments)
 
 
 class AlbefReasoning(_Task):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from imglish.data.batch import TextBatch
+from imglish.models.answering import AnswerDecoder
 from imglish.models.blip import Blip
 from imglish.nn.attention import CrossAttention, Memory
 from imglish.nn.blocks import Block
-from imglish.nn.segments import Rows, Segments
+from imglish.nn.segments import Ragged, Rows, Segments
 
 
 class _Looks(nn.Module):
@@ -46,6 +47,27 @@ class BlipClassifier(nn.Module):
         rows = self.blip.grounded_input(texts)
         states = self.blip.fuse(rows, texts.segments, memory, Segments.equal(len(texts), 1), read)
         return cast(Tensor, self.head(states))
+
+
+class BlipVqa(nn.Module):
+    """Open answers: a decoder over the states of [ENC] question; it begins as the pre-trained decoder, and shares
+    nothing with the encoder any more."""
+
+    def __init__(self, blip: Blip, depth: int | None = None) -> None:
+        super().__init__()
+        self.blip = blip
+        layers = blip.decoding()
+        start = blip.config.decode_id
+        self.decoder = AnswerDecoder(blip.config, len(layers) if depth is None else depth, start, types=0)
+        if depth is None:
+            self.decoder.begin_as(blip.decoder_embedding or blip.embedding, layers, blip.lm_head)
+
+    def questions(self, images: Tensor, texts: TextBatch) -> Ragged:
+        """States of question b about picture b."""
+        memory = self.blip.project_images(self.blip.vision(images))
+        rows = self.blip.grounded_input(texts)
+        states = self.blip.fuse(rows, texts.segments, memory, Segments.equal(len(texts), 1))
+        return Ragged(states, texts.segments)
 
 
 class BlipReasoning(nn.Module):

@@ -12,7 +12,10 @@ from imglish.data.batch import Batch, MaskedTexts, TextBatch
 from imglish.nn.segments import Ragged, Segments
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from imglish.data.pictures import Pictures
+    from imglish.models.answering import RankRule
     from imglish.models.captioning import CaptionForm, CaptionState
     from imglish.models.heads import HeadConfig
 
@@ -197,6 +200,25 @@ class Classifies(Protocol):
 
     def classify(self, images: Sequence[Pictures], texts: TextBatch) -> Tensor:
         """Logits ``(B, C)`` over ``head.classes``; ``images[n]``: the n-th picture of each of the B texts."""
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """Writes an answer to a question about pictures, or ranks candidates; such a model also has the methods of
+    :class:`Captions` that write, for which ``EncodedImages.tokens`` are the states of the questions."""
+
+    @property
+    def head(self) -> HeadConfig: ...
+
+    def questions(self, images: Sequence[Pictures], texts: TextBatch) -> Ragged:
+        """States of the B texts with their pictures."""
+        ...
+
+    def rank(
+        self, questions: Ragged, candidates: Sequence[Sequence[int]], rule: RankRule = ..., keep: int = 5
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and scores of the best ``keep`` candidates of each question, ``(B, keep)``."""
         ...
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,16 +19,19 @@ from imglish.data.batch import TextBatch
 from imglish.data.pictures import Pictures
 from imglish.data.tasks.batch import TaskBatch
 from imglish.models.albef import Albef
-from imglish.models.albef_heads import AlbefEntailment, AlbefReasoning
+from imglish.models.albef_heads import AlbefEntailment, AlbefReasoning, AlbefVqa
+from imglish.models.answering import BY_PROBABILITY, RankRule, answer_loss, distilled_tokens, summed
 from imglish.models.beit3 import Beit3
 from imglish.models.beit3_heads import Beit3Nlvr2, Beit3Vqa
 from imglish.models.blip import Blip
-from imglish.models.blip_heads import BlipClassifier, BlipReasoning
-from imglish.models.capabilities import Embedded, MissingCapabilityError
+from imglish.models.blip_heads import BlipClassifier, BlipReasoning, BlipVqa
+from imglish.models.capabilities import Embedded, EncodedImages, MissingCapabilityError
+from imglish.models.captioning import CaptionForm, CaptionState
 from imglish.models.vilt import Vilt
 from imglish.models.vilt_heads import ViltAnswers, ViltReasoning
 from imglish.models.vlmo import Vlmo
 from imglish.models.vlmo_heads import VlmoAnswers, VlmoReasoning
+from imglish.nn.segments import Ragged
 from imglish.objectives.gather import global_mean
 from imglish.objectives.mlm import mlm_loss
 from imglish.objectives.momentum import MomentumTeacher, TeacherConfig
@@ -40,7 +44,8 @@ class HeadConfig:
     task: name of the task; form: "classes", one of ``classes`` is chosen, or "answers", a text is written (``classes``
     are then the candidates that it is ranked among). soft: several classes may be right, each to a degree (binary
     cross-entropy); pictures: to a text; alpha: weight of what the momentum copy says in place of the labels, reached
-    over the first epoch (0: no copy), and its momentum.
+    over the first epoch (0: no copy), and its momentum; start: token that opens a written answer, of a model that has
+    none of its own for it.
     """
 
     task: str
@@ -50,6 +55,7 @@ class HeadConfig:
     pictures: int = 1
     alpha: float = 0.0
     momentum: float = 0.995
+    start: int = 0
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
@@ -121,6 +127,49 @@ class ClassModel(TaskModel):
         return {"classes": loss, "metric/accuracy": (chosen == batch.labels).float().mean()}
 
 
+class AnswerModel(TaskModel):
+    """Writes answers, or ranks candidates (:class:`imglish.models.capabilities.Answers`); to the engine that writes, a
+    question is what a picture is in captioning."""
+
+    inner: AlbefVqa | BlipVqa
+
+    def questions(self, images: Sequence[Pictures], texts: TextBatch) -> Ragged:
+        """Fused states of the B texts with their pictures."""
+        return self.inner.questions(images[0], texts)  # type: ignore[arg-type]
+
+    def rank(
+        self, questions: Ragged, candidates: Sequence[Sequence[int]], rule: RankRule = BY_PROBABILITY, keep: int = 5
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return self.inner.decoder.rank(questions, candidates, rule, keep)
+
+    def caption_form(self) -> CaptionForm:
+        return CaptionForm(start=self.inner.decoder.start, longest=self.config.max_length)
+
+    def start_captions(self, images: EncodedImages, room: int) -> CaptionState:
+        assert isinstance(images.tokens, Ragged)
+        return self.inner.decoder.begin(images.tokens, room)
+
+    def continue_captions(self, state: CaptionState, texts: TextBatch) -> Tensor:
+        return self.inner.decoder.logits(self.inner.decoder.extend(state, texts))
+
+    def losses(self, batch: TaskBatch, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
+        """Language modelling of the answers, each summed over its tokens and weighted, mean over questions; partly with
+        what the momentum copy says (ALBEF), or label-smoothed (BLIP)."""
+        answers = batch.answers
+        if answers is None:
+            raise ValueError("this model writes answers: the batch has none")
+        decoder = self.inner.decoder
+        logits, targets, owner = decoder.written(self.questions(batch.images, batch.texts), answers)
+        tokens = answer_loss(logits, targets, getattr(self.config, "smoothing", 0.0))
+        if teacher is not None and teacher.alpha > 0:
+            copy = teacher.model
+            with torch.no_grad():
+                theirs, _, _ = copy.inner.decoder.written(copy.questions(batch.images, batch.texts), answers)
+            tokens = torch.lerp(tokens, distilled_tokens(logits, theirs), teacher.alpha)
+        each = summed(tokens, owner, len(answers.texts))
+        return {"answers": global_mean((each * answers.weights).sum(), len(batch))}
+
+
 # ---- which families have which head --------------------------------------------------------------------------------
 
 
@@ -179,13 +228,24 @@ def _more_types(base: Any, count: int) -> None:
         base.config = replace(base.config, types=count)
 
 
+def _albef_answers(base: nn.Module, head: HeadConfig) -> nn.Module:
+    assert isinstance(base, Albef)
+    return AlbefVqa(base, head.start)
+
+
+def _blip_answers(base: nn.Module, head: HeadConfig) -> nn.Module:
+    assert isinstance(base, Blip)
+    return BlipVqa(base)
+
+
 Builder = Callable[[nn.Module, HeadConfig], nn.Module]
 CLASSIFIERS: dict[str, Builder] = {"albef": _albef, "beit3": _beit3, "blip": _blip, "vilt": _vilt, "vlmo": _vlmo}
+WRITERS: dict[str, Builder] = {"albef": _albef_answers, "blip": _blip_answers}
 
 
 def families(form: str) -> list[str]:
     """Families that have a head of this form."""
-    return sorted(CLASSIFIERS)
+    return sorted(CLASSIFIERS if form == "classes" else WRITERS)
 
 
 def with_head(base: nn.Module, head: HeadConfig) -> TaskModel:
@@ -194,9 +254,14 @@ def with_head(base: nn.Module, head: HeadConfig) -> TaskModel:
     Raises :class:`MissingCapabilityError` for a family that has none of the kind.
     """
     family: Any = base.family
-    if family not in CLASSIFIERS:
+    if family not in families(head.form):
+        what = "chooses among classes" if head.form == "classes" else "writes answers"
         raise MissingCapabilityError(
-            f"{head.task} needs a model that reads a picture and a text together; the family {family} has no head for "
-            f"it. Families that have: {', '.join(families(head.form))}"
+            f"{head.task} needs a model that reads a picture and a text together, with a head that {what}; the family "
+            f"{family} has none. Families that have: {', '.join(families(head.form))}"
         )
-    return ClassModel(base, head, CLASSIFIERS[family](base, head))
+    if head.form == "classes":
+        return ClassModel(base, head, CLASSIFIERS[family](base, head))
+    if head.pictures != 1:
+        raise MissingCapabilityError(f"{head.task}: answers are written about one picture, not about {head.pictures}")
+    return AnswerModel(base, head, WRITERS[family](base, head))

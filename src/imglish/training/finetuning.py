@@ -20,6 +20,7 @@ from imglish.data.tasks.examples import Example, TaskData, hold_out
 from imglish.data.text import clean_question
 from imglish.evaluation.encoding import Encodes, Machine
 from imglish.evaluation.tasks import TASKS
+from imglish.evaluation.tasks.answering import answer_ids, answerer
 from imglish.evaluation.tasks.base import frequent
 from imglish.evaluation.tasks.run import TaskResult, evaluate_task
 from imglish.models.capabilities import MissingCapabilityError
@@ -50,7 +51,9 @@ class TaskWork:
         self.head = self._head(examples)
         self.notes: list[str] = []
         known = set(self.head.classes)
-        kept = [example for example in examples if not known.isdisjoint(self.task.weights(example))]
+        kept = examples
+        if self.head.form == "classes":  # answers that are written need not be among the candidates
+            kept = [example for example in examples if not known.isdisjoint(self.task.weights(example))]
         if len(kept) < len(examples):
             self.notes.append(
                 f"{len(examples) - len(kept)} of {len(examples)} training examples have none of the {len(known)} "
@@ -119,7 +122,8 @@ class TaskWork:
             names = task.classes or tuple(frequent(examples, weights, wanted.most_answers))
         soft = task.soft and wanted.head == "classes"
         try:
-            return HeadConfig(task.name, wanted.head, tuple(names), soft, self.pictures, wanted.alpha)
+            start = self.materials.tokenizer.cls_id if wanted.head == "answers" else 0
+            return HeadConfig(task.name, wanted.head, tuple(names), soft, self.pictures, wanted.alpha, start=start)
         except ValueError as error:
             raise SettingsError("task", str(error)) from error
 
@@ -127,8 +131,13 @@ class TaskWork:
         data, config = self.recipe.data, self.materials.config
         crop = None if data.crop is None else (data.crop, 1.0)
         numbers = {name: number for number, name in enumerate(self.head.classes)}
+        start = getattr(config, "decode_id", self.head.start)
+        writes = self.head.form == "answers"
 
         def label(example: Example) -> Label:
+            if writes:
+                texts = self.task.written(example).items()
+                return Label({}, tuple((answer_ids(self.materials.tokenizer, text, start), w) for text, w in texts))
             found = self.task.weights(example)
             return Label({numbers[answer]: weight for answer, weight in found.items() if answer in numbers})
 
@@ -138,7 +147,7 @@ class TaskWork:
                 label,
                 config.image.transform(crop, data.flip),
                 self.materials.tokenizer,
-                classes=len(numbers),
+                classes=None if writes else len(numbers),
                 soft=self.head.soft,
                 pictures=self.pictures,
                 clean=data.clean,
@@ -197,7 +206,8 @@ class TaskWork:
         machine = Machine(precision=precision, progress=False)
         data = self.recipe.data
         words = cleaning(self.materials.tokenizer, data.clean, data.max_words)
-        self.last = evaluate_task(model, words, self.task, self.held_out, machine)
+        answer = answerer(model, self.materials.tokenizer)
+        self.last = evaluate_task(model, words, self.task, self.held_out, machine, answer=answer)
         name, score = next(iter(self.last.metrics.items()))
         entries = {"metrics": self.last.metrics, "groups": self.last.groups, "constant": self.last.constant}
         return Validated(entries, name, score, f"{self.task.name} {name} {score:.2f} %")

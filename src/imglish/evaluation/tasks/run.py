@@ -25,7 +25,7 @@ from imglish.evaluation.retrieval import text_table
 from imglish.evaluation.sharing import blocks, mine
 from imglish.evaluation.tasks.base import Task, best_constant
 from imglish.generation.stream import read_ahead
-from imglish.models.capabilities import Classifies, require
+from imglish.models.capabilities import Answers, Classifies, require
 from imglish.objectives.gather import rank, world_size
 
 SHOWN = 5  # answers of an example that are kept
@@ -107,7 +107,8 @@ def evaluate_task(
     """
     if lacking := [example.place for example in examples if not example.answers]:
         raise DataError(f"{len(lacking)} examples have no answers to compare with; the first: {lacking[0]}")
-    require(model, Classifies, task.title)
+    if not isinstance(model, Answers):
+        require(model, Classifies, task.title)
     began, training = time.perf_counter(), model.training
     model.eval()
     try:
@@ -123,9 +124,9 @@ def evaluate_task(
     scores = task.score(kept, {key: said.answer for key, said in found.items()}, **rule)
     constant = best_constant(kept, task)
     of_constant = task.score(kept, dict.fromkeys(found, constant), **rule).metrics
-    assert isinstance(model, Classifies)
-    known = set(model.head.classes)
-    unreachable = sum(known.isdisjoint(task.weights(example)) for example in kept)
+    assert isinstance(model, (Classifies, Answers))
+    known, rights = set(model.head.classes), task.weights if model.head.form == "classes" else task.written
+    unreachable = sum(known.isdisjoint(rights(example)) for example in kept)
     notes = list(scores.notes)
     if unreachable:
         notes.append(f"{unreachable} of {len(kept)} examples have no answer among the model's {len(known)}")
