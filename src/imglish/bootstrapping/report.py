@@ -134,7 +134,7 @@ def _quality(report: Report, scores: Scores, truth: Mapping[tuple[str, str], str
             report.text(f"{error}: {int(known.sum()):,} texts have a known truth, {int(clean.sum()):,} are clean.")
             return
         columns = (found.thresholds, found.kept, found.precision, found.recall)
-        rows = [[f"{values[0]:.3f}", *(f"{100 * value:.1f}%" for value in values[1:])] for values in zip(*columns)]
+        rows = [[f"{values[0]:.3f}", *map(_percent, values[1:])] for values in zip(*columns)]
         title = f"{NAMES[name]}: area under the curve {found.auc:.4f}, {int(known.sum()):,} texts of known truth"
         report.table(["at least", "kept", "precision", "recall"], rows, title)
         curves[NAMES[name]] = {
@@ -142,6 +142,10 @@ def _quality(report: Report, scores: Scores, truth: Mapping[tuple[str, str], str
             "recall": list(zip(found.thresholds.tolist(), found.recall.tolist())),
         }
     report.charts(curves, x="threshold")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if np.isfinite(share) else "–"
 
 
 class _Samples:
