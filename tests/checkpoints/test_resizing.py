@@ -107,7 +107,7 @@ def test_every_model_knows_how_deep_its_layers_lie(name: str) -> None:
     assert not any("blocks" in n or "layers" in n or "embed" in n.replace("embedding", "embed") for n in shallow), (
         shallow
     )
-    assert len({depth for depth in found.values()}) > 2
+    assert len(set(found.values())) > 2
 
 
 def test_depths_of_an_albef() -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from imglish.checkpoints import hf_vilt
 from imglish.checkpoints.rules import ConversionError
-from imglish.checkpoints.vilt import convert, convert_transformers, table, transformers_table
+from imglish.checkpoints.vilt import convert, table
 from imglish.data.batch import TextBatch
 from imglish.data.patches import PatchBatch
 from imglish.models.vilt import Pairs, Vilt, ViltConfig
@@ -49,17 +50,17 @@ def test_same_outputs_as_transformers() -> None:
             parameter.normal_(0, 0.3)
     model = ours(text_norm_eps=1e-6)
     official = peer.state_dict()
-    converted = convert_transformers(official, model.state_dict())
+    converted = hf_vilt.convert(official, model.state_dict())
     model.load_state_dict(converted.state)
     assert set(converted.report) - {"itm_head.weight", "itm_head.bias"} <= set(official)
-    back = transformers_table(with_words=True).revert(model.state_dict())
+    back = hf_vilt.table(with_words=True).revert(model.state_dict())
     assert back.keys() == {name for name in official if not name.endswith("position_ids")}
     assert all(torch.equal(value, official[name]) for name, value in back.items())
     older = official | {"mlm_score.bias": official["mlm_score.decoder.bias"]}
-    again = convert_transformers(older, model.state_dict()).state
+    again = hf_vilt.convert(older, model.state_dict()).state
     assert all(torch.equal(value, converted.state[name]) for name, value in again.items())
     body = {name.removeprefix("vilt."): value for name, value in official.items() if name.startswith("vilt.")}
-    alone = convert_transformers(body, model.state_dict())
+    alone = hf_vilt.convert(body, model.state_dict())
     assert "mlm_words.weight" in alone.report
 
     texts = [[1, 7, 9, 2], [1, 5, 6, 8, 3, 2], [1, 2]]

@@ -53,7 +53,7 @@ def fine_tuning(family: str, path: Path, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("family", official.FAMILIES)
 def test_a_few_steps_at_a_new_resolution(family: str, tmp_path: Path) -> None:
-    model, path = official.write(family, tmp_path)
+    _, path = official.write(family, tmp_path)
     groups = fine_tuning(family, path)
     if family == "beit":
         codes = registry.named("dvae-tiny").build()

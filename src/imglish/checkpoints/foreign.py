@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from imglish.checkpoints.files import WeightFileError, read_weights
 from imglish.checkpoints.formats import FORMATS, Format, Layout, Source
 from imglish.checkpoints.native import CheckpointError, Loaded
+from imglish.checkpoints.preparing import with_picture
 from imglish.checkpoints.rules import ConversionError
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
+from imglish.models.heads import HeadConfig, with_head
 
 WEIGHT_NAMES = (
     "model.safetensors",
@@ -30,38 +33,64 @@ WEIGHT_NAMES = (
     "open_clip_pytorch_model.bin",
 )
 SETTINGS: tuple[tuple[str, Layout], ...] = (("open_clip_config.json", "open_clip"), ("config.json", "transformers"))
-TOKENIZERS = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz", "beit3.spm")
 
 
-def load_foreign(path: str | Path, tokenizer: str | Path | None = None) -> Loaded:
+def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes: str | Path | None = None) -> Loaded:
     """The model at ``path``, converted; ``meta`` says from what, and name by name what was left out or is new.
 
-    tokenizer: its file (``vocab.txt``, ``tokenizer.json``, CLIP's merges), where none lies beside the weights. Raises
+    tokenizer: its file (``vocab.txt``, ``tokenizer.json``, CLIP's merges), where none lies beside the weights; classes:
+    a JSON file with the names of a task's answers, a list or name -> number, which files of weights do not hold. Raises
     :class:`CheckpointError`, which names the file, what it resembles and the first names that do not fit.
     """
     source = read_source(Path(path))
+    if classes is not None:
+        source = replace(source, classes=read_classes(Path(classes)))
     name, form = recognise(source)
     try:
         config = form.config(source)
         config = registry.from_dict(config.family, registry.to_dict(config))  # numbers of the declared types
+        config = with_picture(config, source.settings, source.folder)
+        head = None if form.head is None else form.head(source)
         with torch.device("meta"):
-            model: nn.Module = config.build()
-        converted = form.convert(source.weights, model.state_dict(), config)
+            model = _built(config, head)
+        inner = "inner." if head is not None else ""
+        target = {key.removeprefix(inner): value for key, value in model.state_dict().items()}
+        converted = form.convert(source.weights, target, config)
     except (ConversionError, ValueError, TypeError, KeyError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{source.path} looks like {form.title}, but does not fit: {what}") from error
-    model.load_state_dict(_with_fresh(converted.state, config), assign=True)
+    state = {f"{inner}{key}": value for key, value in converted.state.items()}
+    model.load_state_dict(_with_fresh(state, config, head), assign=True)
     words = _tokenizer(source, form, config, tokenizer) if registry.reads_texts(config) else None
     meta = {"from": {"format": name, "name": source.path.name, "sha256": digest(source.path)}}
     return Loaded(model.eval(), words, config, form.score_rule, meta | {"conversion": converted.report})
 
 
-def _with_fresh(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+def _built(config: Any, head: HeadConfig | None) -> nn.Module:
+    model = registry.build(config)
+    return model if head is None else with_head(model, head)
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Names of answers in their order, from a JSON list or from a mapping of names to numbers."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no JSON file with the names of answers: {error}") from error
+    if isinstance(given, dict) and sorted(given.values()) == list(range(len(given))):
+        given = sorted(given, key=given.__getitem__)
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise CheckpointError(f"{path}: expected a list of names, or names with numbers 0, 1, 2, ...")
+    return tuple(given)
+
+
+def _with_fresh(state: Mapping[str, Tensor], config: Any, head: HeadConfig | None) -> dict[str, Tensor]:
     """``state`` in float32, with initial values for what the checkpoint lacks (the report names it)."""
     made: Mapping[str, Tensor] = {}
     if any(value.is_meta for value in state.values()):
         torch.manual_seed(0)
-        made = config.build().state_dict()
+        made = _built(config, head).state_dict()
     return {
         key: made[key] if value.is_meta else value.float() if value.is_floating_point() else value
         for key, value in state.items()
@@ -126,13 +155,16 @@ def _tokenizer(source: Source, form: Format, config: Any, given: str | Path | No
     if file is None:
         raise CheckpointError(
             f"{source.path}: no tokenizer lies beside it ({', '.join(TOKENIZERS)}); name its file (tokenizer=...): "
-            "BERT's vocab.txt for ALBEF, BLIP and ViLT, bpe_simple_vocab_16e6.txt.gz for CLIP and CoCa"
+            "BERT's vocab.txt for ALBEF, BLIP and ViLT, bpe_simple_vocab_16e6.txt.gz for CLIP and CoCa, beit3.spm for "
+            "BEiT-3"
         )
     try:
         words = Tokenizer.load(file, max_length=config.max_length, append_sep=form.closing)
         words = words.with_special(form.special)
     except (OSError, TokenizerError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+    if words.kind == "sentences" and words.vocab_size < config.vocab_size:
+        words = words.filled_to(config.vocab_size)
     if words.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{file} has {words.vocab_size} tokens, the model {config.vocab_size}: it is not the tokenizer of "

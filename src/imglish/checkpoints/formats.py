@@ -10,23 +10,41 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from imglish.checkpoints import albef, beit, beit3, blip, clip, coca, hf_blip, hf_clip, open_clip, vilt, vlmo
+from imglish.checkpoints import (
+    albef,
+    albef_tasks,
+    beit,
+    beit3,
+    blip,
+    blip_tasks,
+    clip,
+    coca,
+    hf_blip,
+    hf_clip,
+    hf_siglip,
+    hf_vilt,
+    open_clip,
+    sizes,
+    vilt,
+    vlmo,
+)
 from imglish.checkpoints.rules import Converted
-from imglish.checkpoints.sizes import albef_config, beit3_config, beit_config, blip_config, vilt_config, vlmo_config
-from imglish.models.vilt import ViltConfig
-from imglish.models.vilt_pictures import AspectInput
+from imglish.data.tasks import entailment, nlvr2
+from imglish.models.heads import HeadConfig
 
 Layout = Literal["file", "transformers", "open_clip"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What lies on the disk. settings: the JSON beside the weights, None for a file alone."""
+    """What lies on the disk. settings: the JSON beside the weights, None for a file alone; classes: names of a task's
+    answers in the order of the head, where they are known."""
 
     path: Path
     layout: Layout
     weights: Mapping[str, Tensor]
     settings: Mapping[str, Any] | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -35,10 +53,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of checkpoint. marks: patterns, for each of which the weights have a name, and never: one that they have
-    no name for; config: ours, from sizes or
-    settings; convert: weights, names and shapes of our model, its configuration -> ours; closing: its texts end with
-    [SEP]; special: tokens that the family adds to its tokenizer; score_rule: how its authors rank pairs."""
+    """One kind of checkpoint.
+
+    marks: patterns, for each of which the weights have a name, and never: one that they have no name for; config: ours,
+    from sizes or settings; convert: weights, names and shapes of our model (or of what a task model has within), its
+    configuration -> ours; head: of a task model; closing: its texts end with [SEP]; special: tokens that the family
+    adds to its tokenizer; score_rule: how its authors rank pairs.
+    """
 
     title: str
     layout: Layout
@@ -49,6 +70,7 @@ class Format:
     closing: bool = True
     special: tuple[str, ...] = ()
     never: str | None = None
+    head: Callable[[Source], HeadConfig] | None = None
 
     def lacks(self, source: Source) -> list[str]:
         """What keeps the source from being of this kind, in words."""
@@ -71,26 +93,32 @@ def _open_clip_model(source: Source) -> Mapping[str, Any]:
     return model
 
 
-def _vilt_of_transformers(source: Source) -> ViltConfig:
-    given = _json(source)
-    size, patch = given["image_size"], given["patch_size"]
-    return ViltConfig(
-        image=AspectInput(size, int(1333 / 800 * size), patch),
-        vocab_size=given["vocab_size"],
-        max_length=given["max_position_embeddings"],
-        width=given["hidden_size"],
-        depth=given["num_hidden_layers"],
-        heads=given["num_attention_heads"],
-        mlp_ratio=given["intermediate_size"] / given["hidden_size"],
-        norm_eps=given["layer_norm_eps"],
-        text_norm_eps=given["layer_norm_eps"],
-        dropout=given["hidden_dropout_prob"],
-        types=source.weights[_first(source.weights, r"(vilt\.)?embeddings\.token_type_embeddings")].shape[0],
-    )
+def _answers(last: str) -> Callable[[Source], HeadConfig]:
+    """Questions with one of many answers, of which several may be right; last: weight of the head's last layer."""
+
+    def head(source: Source) -> HeadConfig:
+        return HeadConfig("vqa", classes=_named(source, len(source.weights[last])), soft=True)
+
+    return head
 
 
-def _first(names: Mapping[str, Any], pattern: str) -> str:
-    return next(name for name in names if re.match(pattern, name))
+def _pairs(_: Source) -> HeadConfig:
+    return HeadConfig("nlvr2", classes=nlvr2.CLASSES, pictures=2)
+
+
+def _entails(_: Source) -> HeadConfig:
+    return HeadConfig("entailment", classes=entailment.CLASSES)
+
+
+def _named(source: Source, count: int) -> tuple[str, ...]:
+    """Names of ``count`` answers: given, or of the settings beside the weights, else their numbers."""
+    labels = (source.settings or {}).get("id2label") or {}
+    names = source.classes or tuple(labels[str(number)] for number in range(len(labels)))
+    if not names:
+        return tuple(str(number) for number in range(count))
+    if len(names) != count:
+        raise ValueError(f"the head has {count} answers, {len(names)} names are given for them")
+    return names
 
 
 _GROUNDED = r"text_(en|de)coder\.(bert\.)?encoder\.layer\.0\.crossattention\."  # BLIP looks from the first layer on
@@ -101,40 +129,85 @@ _EXPERTS = (
     r"token_type_embeddings\.",
     r"transformer\.norm\.",
 )
+_VILT = (r"transformer\.blocks\.", r"text_embeddings\.", r"token_type_embeddings\.", r"pooler\.dense\.")
+_BEIT3 = (r"beit3\.text_embed\.", r"beit3\.vision_embed\.")
+_HF_BLIP = r"vision_model\.encoder\.layers\.0\.self_attn\.qkv\."
+_HF_VILT = (r"(vilt\.)?embeddings\.text_embeddings\.", r"(vilt\.)?encoder\.layer\.0\.layernorm_before\.")
 
 FORMATS: dict[str, Format] = {
     "albef": Format(
         "ALBEF as released",
         "file",
         (r"visual_encoder\.", r"text_encoder\.", r"vision_proj\.", r"itm_head\."),
-        lambda s: albef_config(s.weights),
+        lambda s: sizes.albef_config(s.weights),
         albef.convert,
         "itm",
         closing=False,
         never=_GROUNDED,
     ),
+    "albef-task": Format(
+        "ALBEF as released, for visual entailment or NLVR2",
+        "file",
+        (r"visual_encoder\.", r"text_encoder\.encoder\.", r"cls_head\.2\."),
+        lambda s: sizes.albef_config(s.weights, albef_tasks.pictures(s.weights)),
+        lambda theirs, target, config: albef_tasks.convert(theirs, target, config, albef_tasks.pictures(theirs)),
+        "itm",
+        closing=False,
+        never=_GROUNDED,
+        head=lambda s: _pairs(s) if albef_tasks.pictures(s.weights) == 2 else _entails(s),
+    ),
     "blip": Format(
         "BLIP as released",
         "file",
         (r"visual_encoder\.", _GROUNDED),
-        lambda s: blip_config(s.weights),
+        lambda s: sizes.blip_config(s.weights),
         blip.convert,
         "itm+itc",
         special=("[DEC]", "[ENC]"),
+        never=r"cls_head\.",
+    ),
+    "blip-nlvr2": Format(
+        "BLIP as released, for NLVR2",
+        "file",
+        (r"visual_encoder\.", r"text_encoder\.encoder\.layer\.0\.crossattention\.self1\.", r"cls_head\."),
+        lambda s: sizes.blip_config(s.weights),
+        lambda theirs, target, config: blip_tasks.convert_reasoning(theirs, target, config, config.depth // 2),
+        "itm+itc",
+        special=("[DEC]", "[ENC]"),
+        head=_pairs,
     ),
     "vilt": Format(
-        "ViLT as released (Lightning)",
+        "ViLT as released (Lightning), of pre-training or retrieval",
         "file",
-        (r"transformer\.blocks\.", r"text_embeddings\.", r"token_type_embeddings\.", r"pooler\.dense\."),
-        lambda s: vilt_config(s.weights),
+        _VILT,
+        lambda s: sizes.vilt_config(s.weights),
+        lambda theirs, target, _: vilt.convert_ranking(theirs, target),
+        "itm",
+        never=r"(vqa|nlvr2)_classifier\.",
+    ),
+    "vilt-vqa": Format(
+        "ViLT as released, for VQA",
+        "file",
+        (*_VILT, r"vqa_classifier\.3\."),
+        lambda s: sizes.vilt_config(s.weights),
         lambda theirs, target, _: vilt.convert(theirs, target),
         "itm",
+        head=_answers("vqa_classifier.3.weight"),
+    ),
+    "vilt-nlvr2": Format(
+        "ViLT as released, for NLVR2",
+        "file",
+        (*_VILT, r"nlvr2_classifier\.3\."),
+        lambda s: sizes.vilt_config(s.weights),
+        lambda theirs, target, _: vilt.convert(theirs, target),
+        "itm",
+        head=_pairs,
     ),
     "vlmo": Format(
         "VLMo as released, of pre-training",
         "file",
         (*_EXPERTS, r"itm_score\."),
-        lambda s: vlmo_config(s.weights),
+        lambda s: sizes.vlmo_config(s.weights),
         vlmo.convert,
         "itm",
     ),
@@ -142,27 +215,63 @@ FORMATS: dict[str, Format] = {
         "VLMo as released, of retrieval or of the text stage",
         "file",
         _EXPERTS,
-        lambda s: vlmo_config(s.weights),
+        lambda s: sizes.vlmo_config(s.weights),
         vlmo.convert,
         "itc",
-        never=r"itm_score\.",
+        never=r"itm_score\.|(vqa|nlvr2)_classifier\.",
+    ),
+    "vlmo-vqa": Format(
+        "VLMo as released, for VQA",
+        "file",
+        (*_EXPERTS, r"vqa_classifier\.3\."),
+        lambda s: sizes.vlmo_config(s.weights),
+        lambda theirs, target, config: vlmo.convert_task(theirs, target, config, "vqa_classifier"),
+        "itc",
+        head=_answers("vqa_classifier.3.weight"),
+    ),
+    "vlmo-nlvr2": Format(
+        "VLMo as released, for NLVR2",
+        "file",
+        (*_EXPERTS, r"nlvr2_classifier\.3\."),
+        lambda s: sizes.vlmo_config(s.weights),
+        lambda theirs, target, config: vlmo.convert_task(theirs, target, config, "nlvr2_classifier"),
+        "itc",
+        head=_pairs,
     ),
     "beit": Format(
         "BEiT or BEiT-2 as released, of masked image modelling",
         "file",
         (r"cls_token$", r"rel_pos_bias\.relative_position_bias_table$", r"blocks\.0\.attn\.q_bias$", r"lm_head\."),
-        lambda s: beit_config(s.weights),
+        lambda s: sizes.beit_config(s.weights),
         lambda theirs, target, _: beit.convert(theirs, target),
         "itc",
     ),
     "beit3": Format(
         "BEiT-3 as released, of pre-training, retrieval or captioning",
         "file",
-        (r"beit3\.text_embed\.", r"beit3\.vision_embed\.", r"beit3\.encoder\.layer_norm\."),
-        lambda s: beit3_config(s.weights),
+        (*_BEIT3, r"beit3\.encoder\.layer_norm\."),
+        lambda s: sizes.beit3_config(s.weights),
         lambda theirs, target, _: beit3.convert(theirs, target),
         "itc",
         never=r"head\.",
+    ),
+    "beit3-vqa": Format(
+        "BEiT-3 as released, for VQA",
+        "file",
+        (*_BEIT3, r"pooler\.norm\.", r"head\.3\."),
+        lambda s: sizes.beit3_config(s.weights),
+        lambda theirs, target, _: beit3.vqa_table().convert(theirs, target),
+        "itc",
+        head=_answers("head.3.weight"),
+    ),
+    "beit3-nlvr2": Format(
+        "BEiT-3 as released, for NLVR2",
+        "file",
+        (*_BEIT3, r"head\.dense1\.", r"head\.dense2\."),
+        lambda s: sizes.beit3_config(s.weights),
+        lambda theirs, target, _: beit3.nlvr2_table().convert(theirs, target),
+        "itc",
+        head=_pairs,
     ),
     "clip": Format(
         "CLIP as released (openai)",
@@ -175,27 +284,62 @@ FORMATS: dict[str, Format] = {
     "hf-clip": Format(
         "CLIP of transformers",
         "transformers",
-        (r"visual_projection\.", r"text_projection\.", r"text_model\.encoder\."),
+        (r"visual_projection\.", r"text_projection\.", r"text_model\.encoder\.layers\."),
         lambda s: hf_clip.config_from_json(_json(s)),
         lambda theirs, _, config: hf_clip.convert(theirs, config),
+        "itc",
+    ),
+    "hf-chinese-clip": Format(
+        "Chinese-CLIP of transformers",
+        "transformers",
+        (r"vision_model\.pre_layrnorm\.", r"text_projection\.", r"text_model\.encoder\.layer\.0\."),
+        lambda s: hf_clip.chinese_from_json(_json(s)),
+        lambda theirs, _, config: hf_clip.convert(theirs, config),
+        "itc",
+    ),
+    "hf-siglip": Format(
+        "SigLIP of transformers",
+        "transformers",
+        (r"vision_model\.head\.probe$", r"text_model\.head\.", r"logit_bias$"),
+        lambda s: hf_siglip.config_from_json(_json(s)),
+        lambda theirs, _, config: hf_siglip.convert(theirs, config),
         "itc",
     ),
     "hf-blip": Format(
         "BLIP of transformers",
         "transformers",
-        (r"vision_model\.encoder\.layers\.0\.self_attn\.qkv\.", r"text_(en|de)coder\."),
+        (_HF_BLIP, r"text_(en|de)coder\."),
         lambda s: hf_blip.config_from_json(_json(s)),
         hf_blip.convert,
+        "itm",
+        special=("[DEC]", "[ENC]"),
+    ),
+    "hf-blip-backbone": Format(
+        "BLIP of transformers without heads",
+        "transformers",
+        (_HF_BLIP, r"text_model\.encoder\.layer\.0\.crossattention\."),
+        lambda s: hf_blip.config_from_json(_json(s)),
+        hf_blip.convert_backbone,
         "itm",
         special=("[DEC]", "[ENC]"),
     ),
     "hf-vilt": Format(
         "ViLT of transformers",
         "transformers",
-        (r"(vilt\.)?embeddings\.text_embeddings\.", r"(vilt\.)?encoder\.layer\.0\.layernorm_before\."),
-        _vilt_of_transformers,
-        lambda theirs, target, _: vilt.convert_transformers(theirs, target),
+        _HF_VILT,
+        lambda s: hf_vilt.config_from_json(_json(s), s.weights),
+        lambda theirs, target, _: hf_vilt.convert(theirs, target),
         "itm",
+        never=r"classifier\.",
+    ),
+    "hf-vilt-task": Format(
+        "ViLT of transformers, for VQA or NLVR2",
+        "transformers",
+        (*_HF_VILT, r"classifier\.3\."),
+        lambda s: hf_vilt.config_from_json(_json(s), s.weights),
+        lambda theirs, target, _: hf_vilt.convert(theirs, target),
+        "itm",
+        head=lambda s: _pairs(s) if hf_vilt.pictures(s.weights) == 2 else _answers("classifier.3.weight")(s),
     ),
     "open_clip-coca": Format(
         "CoCa of open_clip",

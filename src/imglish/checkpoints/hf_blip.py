@@ -1,6 +1,7 @@
 """BLIP in the layout of Hugging Face transformers: ``config.json`` and state dict to ours, and back.
 
-``BlipForImageTextRetrieval`` (text encoder) and ``BlipForConditionalGeneration`` (text decoder). Their texts have the
+``BlipForImageTextRetrieval`` (text encoder), ``BlipForConditionalGeneration`` (text decoder), and ``BlipModel``, the
+body alone, whose projections read a pooled state that the BLIP of the paper has not. Their texts have the
 official names, their vision Transformer has others. Their retrieval model leaves [CLS] in front of a text that is
 matched, where the official training and this library have [ENC].
 """
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from imglish.checkpoints import bert
 from imglish.checkpoints.blip import Parts, text_rules
-from imglish.checkpoints.rules import Converted, Drop, Rule, Table
+from imglish.checkpoints.hf_settings import filled
+from imglish.checkpoints.rules import Converted, Drop, Fresh, Rule, Table
 from imglish.models.blip import BlipConfig
 from imglish.models.vit import ImageInput, VitConfig
 
@@ -37,12 +39,13 @@ def table(config: BlipConfig, parts: Parts) -> Table:
 
 
 def config_from_json(given: Mapping[str, Any], **changes: Any) -> BlipConfig:
-    """Our configuration from the ``config.json`` of a BLIP model, all entries written out (``to_dict``).
+    """Our configuration from the ``config.json`` of a BLIP model.
 
     changes: settings that the file does not have (``prompt``, ``prompt_tokens``, which objectives go on). Raises
     ``ValueError`` for what we do not have: another activation, or opening tokens elsewhere in the vocabulary.
     """
-    vision, text = given["vision_config"], given["text_config"]
+    whole = filled(given, "blip")
+    vision, text = whole["vision_config"], whole["text_config"]
     for part in (vision, text):
         if part["hidden_act"] != "gelu":
             raise ValueError(f"hidden_act {part['hidden_act']!r} is not supported, only 'gelu'")
@@ -64,7 +67,7 @@ def config_from_json(given: Mapping[str, Any], **changes: Any) -> BlipConfig:
         "hidden": text["intermediate_size"],
         "norm_eps": text["layer_norm_eps"],
         "dropout": text["hidden_dropout_prob"],
-        "embed_dim": given["image_text_hidden_size"],
+        "embed_dim": whole["image_text_hidden_size"],
         "smoothing": text["label_smoothing"],
     }
     config = BlipConfig(**(settings | changes))
@@ -76,3 +79,22 @@ def config_from_json(given: Mapping[str, Any], **changes: Any) -> BlipConfig:
 def convert(theirs: Mapping[str, Tensor], target: Mapping[str, Tensor], config: BlipConfig) -> Converted:
     """Our state dict, of the names and shapes of ``target``; errors name what does not fit."""
     return table(config, Parts.of(theirs)).convert(theirs, target)
+
+
+_POOLED = "reads a pooled state that BLIP of the paper has not"
+
+
+def convert_backbone(theirs: Mapping[str, Tensor], target: Mapping[str, Tensor], config: BlipConfig) -> Converted:
+    """Like :func:`convert`, of a ``BlipModel``: vision Transformer and text encoder; the heads are fresh."""
+    names = {name: name.replace("text_model.", "text_encoder.", 1) for name in theirs}
+    parts = Parts(encoder=True, decoder=False, temperature=False)
+    heads = ("image_proj", "text_proj", "itm_head")
+    own = [
+        rule for rule in table(config, parts).rules if not (isinstance(rule, Rule) and rule.target.startswith(heads))
+    ]
+    left = Table(
+        *(Drop(name, _POOLED) for name in ("text_encoder.pooler.dense.{leaf}", "{side}_projection.weight")),
+        Drop("logit_scale", "of those projections"),
+        *(Fresh(f"{head}.{{leaf}}", "the checkpoint has no such head") for head in heads),
+    )
+    return (left + Table(*own)).convert({names[name]: value for name, value in theirs.items()}, target)

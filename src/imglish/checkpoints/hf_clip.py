@@ -1,4 +1,5 @@
-"""CLIP in the layout of Hugging Face transformers (``CLIPModel``): ``config.json`` and state dict to ours, and back."""
+"""CLIP in the layouts of Hugging Face transformers (``CLIPModel``, ``ChineseCLIPModel``): settings and weights to ours,
+and back."""
 
 from __future__ import annotations
 
@@ -9,14 +10,17 @@ from typing import Any, cast, get_args
 
 from torch import Tensor
 
+from imglish.checkpoints import bert
 from imglish.checkpoints.clip import skeleton
+from imglish.checkpoints.hf_settings import filled
 from imglish.checkpoints.rules import Converted, Drop, Rule, Table
 from imglish.models.clip import ClipConfig, clip_vit
-from imglish.models.text_towers import TextConfig
+from imglish.models.text_towers import BertConfig, TextConfig
+from imglish.models.vit import VitConfig
 from imglish.nn.blocks import Activation
 
 
-def _layers(theirs: str, ours: str) -> Table:
+def layers(theirs: str, ours: str) -> Table:
     layer, block = f"{theirs}.encoder.layers.{{i}}.", f"{ours}.blocks.{{i}}."
     query_key_value = tuple(f"{layer}self_attn.{name}_proj.{{leaf}}" for name in "qkv")
     return Table(
@@ -27,64 +31,106 @@ def _layers(theirs: str, ours: str) -> Table:
     )
 
 
+_COMMON = Table(
+    Rule("logit_scale", "logit_scale"),
+    Rule("visual_projection.weight", "image_proj.weight"),
+    Rule("text_projection.weight", "text_proj.weight"),
+    Rule("vision_model.embeddings.class_embedding", "vision.class_token"),
+    Rule("vision_model.embeddings.patch_embedding.weight", "vision.patch_embed.weight"),
+    Rule("vision_model.embeddings.position_embedding.weight", "vision.positions"),
+    Rule("vision_model.pre_layrnorm.{leaf}", "vision.norm_before.{leaf}"),
+    Rule("vision_model.post_layernorm.{leaf}", "vision.norm.{leaf}"),
+    Drop("{tower}.embeddings.position_ids", "counts up from zero"),
+) + layers("vision_model", "vision")
 TABLE = (
     Table(
-        Rule("logit_scale", "logit_scale"),
-        Rule("visual_projection.weight", "image_proj.weight"),
-        Rule("text_projection.weight", "text_proj.weight"),
         Rule("text_model.embeddings.token_embedding.weight", "text.words.weight"),
         Rule("text_model.embeddings.position_embedding.weight", "text.positions"),
         Rule("text_model.final_layer_norm.{leaf}", "text.norm.{leaf}"),
-        Rule("vision_model.embeddings.class_embedding", "vision.class_token"),
-        Rule("vision_model.embeddings.patch_embedding.weight", "vision.patch_embed.weight"),
-        Rule("vision_model.embeddings.position_embedding.weight", "vision.positions"),
-        Rule("vision_model.pre_layrnorm.{leaf}", "vision.norm_before.{leaf}"),
-        Rule("vision_model.post_layernorm.{leaf}", "vision.norm.{leaf}"),
-        Drop("{tower}.embeddings.position_ids", "counts up from zero"),
     )
-    + _layers("text_model", "text")
-    + _layers("vision_model", "vision")
+    + layers("text_model", "text")
+    + _COMMON
 )
+"""Names of a ``CLIPModel`` -> ours."""
+CHINESE = (
+    Table(
+        *bert.embeddings("text_model.embeddings", "text.embedding", types=True),
+        *bert.layer("text_model.encoder.layer.{i}", "text.blocks.{i}", [p for p in bert.PARTS if p not in bert.CROSS]),
+        Drop("text_model.pooler.dense.{leaf}", "Chinese-CLIP reads the first token itself"),
+    )
+    + _COMMON
+)
+"""Names of a ``ChineseCLIPModel`` -> ours."""
 
 
 def config_from_json(given: Mapping[str, Any]) -> ClipConfig:
-    """Our configuration from the ``config.json`` of a ``CLIPModel``, all entries written out (``to_dict``)."""
-    vision, text = given["vision_config"], given["text_config"]
-    tower = clip_vit(
-        vision["image_size"],
-        vision["patch_size"],
-        vision["hidden_size"],
-        vision["num_hidden_layers"],
-        vision["num_attention_heads"],
-        _activation(vision["hidden_act"]),
-    )
+    """Our configuration from the ``config.json`` of a ``CLIPModel``."""
+    whole = filled(given, "clip")
+    text = whole["text_config"]
     return ClipConfig(
-        vision=replace(
-            tower,
-            mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
-            norm_eps=vision["layer_norm_eps"],
-        ),
+        vision=_vision(whole["vision_config"]),
         text=TextConfig(
             width=text["hidden_size"],
             depth=text["num_hidden_layers"],
             heads=text["num_attention_heads"],
             mlp_ratio=text["intermediate_size"] / text["hidden_size"],
             norm_eps=text["layer_norm_eps"],
-            activation=_activation(text["hidden_act"]),
+            activation=activation(text["hidden_act"]),
         ),
         vocab_size=text["vocab_size"],
         max_length=text["max_position_embeddings"],
-        embed_dim=given["projection_dim"],
-        temperature=math.exp(-given["logit_scale_init_value"]),
+        embed_dim=whole["projection_dim"],
+        temperature=math.exp(-whole["logit_scale_init_value"]),
     )
 
 
-def _activation(name: str) -> Activation:
-    if name not in get_args(Activation):
+def chinese_from_json(given: Mapping[str, Any]) -> ClipConfig:
+    """Our configuration from the ``config.json`` of a ``ChineseCLIPModel``: CLIP's pictures, BERT's texts."""
+    whole = filled(given, "chinese_clip")
+    text, vision = whole["text_config"], _vision(whole["vision_config"])
+    if text["hidden_act"] != "gelu":
+        raise ValueError(f"hidden_act {text['hidden_act']!r} of the texts is not supported, only 'gelu'")
+    return ClipConfig(
+        vision=replace(vision, image=replace(vision.image, resize="squash")),
+        text=BertConfig(
+            width=text["hidden_size"],
+            depth=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+            hidden=text["intermediate_size"],
+            norm_eps=text["layer_norm_eps"],
+            dropout=text["hidden_dropout_prob"],
+            token_types=text["type_vocab_size"],
+            projection="linear",
+        ),
+        vocab_size=text["vocab_size"],
+        max_length=text["max_position_embeddings"],
+        embed_dim=whole["projection_dim"],
+        temperature=math.exp(-whole["logit_scale_init_value"]),
+    )
+
+
+def _vision(given: Mapping[str, Any]) -> VitConfig:
+    tower = clip_vit(
+        given["image_size"],
+        given["patch_size"],
+        given["hidden_size"],
+        given["num_hidden_layers"],
+        given["num_attention_heads"],
+        activation(given["hidden_act"]),
+    )
+    ratio = given["intermediate_size"] / given["hidden_size"]
+    return replace(tower, mlp_ratio=ratio, norm_eps=given["layer_norm_eps"])
+
+
+def activation(name: str) -> Activation:
+    """Ours of the name that transformers has for an activation."""
+    ours = {"gelu_pytorch_tanh": "gelu_tanh"}.get(name, name)
+    if ours not in get_args(Activation):
         raise ValueError(f"hidden_act {name!r} is not supported; there are: {', '.join(get_args(Activation))}")
-    return cast(Activation, name)
+    return cast(Activation, ours)
 
 
 def convert(official: Mapping[str, Tensor], config: ClipConfig) -> Converted:
-    """Our state dict from that of a ``CLIPModel``, which must hold exactly the model of ``config``."""
-    return TABLE.convert(official, skeleton(config))
+    """Our state dict from that of a ``CLIPModel`` or ``ChineseCLIPModel``, exactly the model of ``config``."""
+    table = CHINESE if isinstance(config.text, BertConfig) else TABLE
+    return table.convert(official, skeleton(config))

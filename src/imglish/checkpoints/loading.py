@@ -11,6 +11,7 @@ import torch
 from imglish.checkpoints import native
 from imglish.checkpoints.foreign import SETTINGS, TOKENIZERS, WEIGHT_NAMES, load_foreign
 from imglish.checkpoints.native import CheckpointError, Loaded
+from imglish.checkpoints.preparing import PREPROCESSOR
 from imglish.checkpoints.resizing import with_sizes
 from imglish.checkpoints.transfer import resized
 from imglish.models import registry
@@ -20,6 +21,7 @@ _WANTED = (
     *(name for name, _ in SETTINGS),
     *WEIGHT_NAMES,
     *TOKENIZERS,
+    PREPROCESSOR,
     "model-*-of-*.safetensors",
     native.DESCRIPTION,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,12 +97,15 @@ def with_sizes(config: Any, image_size: int | None = None, max_length: int | Non
         changes: dict[str, Any] = {"size": image_size}
         if hasattr(image, "longest"):
             changes["longest"] = image_size * image.longest // image.size
-        image = replace(image, **changes)
-        vision = getattr(config, "vision", None)
-        changed = {"vision": replace(vision, image=image)} if is_dataclass(vision) else {"image": image}
-        config = replace(config, **changed)
+        config = with_image(config, replace(image, **changes))
     if max_length is not None:
         if not hasattr(config, "max_length"):
             raise ValueError(f"a {config.family} reads no texts")
         config = replace(config, max_length=max_length)
     return config
+
+
+def with_image(config: Any, image: Any) -> Any:
+    """``config`` with another picture input, which lies in the vision tower where there is one."""
+    vision = getattr(config, "vision", None)
+    return replace(config, vision=replace(vision, image=image)) if vision is not None else replace(config, image=image)

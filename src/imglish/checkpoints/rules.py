@@ -157,7 +157,7 @@ class Table:
         used, dropped or tied, every target name is made or declared fresh, and all shapes agree.
         """
         made, report, unknown = self._rename(source)
-        for name, reason in self._fresh(name for name in target if name not in made):
+        for name, reason in self.fresh(name for name in target if name not in made):
             made[name] = target[name]
             report[name] = f"fresh: {reason}"
         missing = [name for name in target if name not in made]
@@ -179,7 +179,7 @@ class Table:
     def revert(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The official state dict of our weights: the rules backwards; dropped and fresh names stay out."""
         official: dict[str, Tensor] = {}
-        used = {name for name, _ in self._fresh(ours)}
+        used = {name for name, _ in self.fresh(ours)}
         for cut in (r for r in self.rules if isinstance(r, Cut)):
             official |= _joined(cut, ours, used)
         for name, value in ours.items():
@@ -249,7 +249,8 @@ class Table:
                     return rule, number, values
         return None
 
-    def _fresh(self, names: Iterable[str]) -> list[tuple[str, str]]:
+    def fresh(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """Those of our ``names`` that the source does not have, each with the reason."""
         fresh = [(_Pattern(rule.target), rule.reason) for rule in self.rules if isinstance(rule, Fresh)]
         return [(n, reason) for n in names for pattern, reason in fresh if pattern.match(n) is not None]
 

@@ -57,15 +57,15 @@ def vit_config(weights: Mapping[str, Tensor], prefix: str) -> VitConfig:
     )
 
 
-def albef_config(weights: Mapping[str, Tensor]) -> AlbefConfig:
-    """Of ALBEF's pre-training or retrieval checkpoint."""
+def albef_config(weights: Mapping[str, Tensor], pictures: int = 1) -> AlbefConfig:
+    """Of an ALBEF checkpoint, in which each fusion layer is there ``pictures`` times."""
     text = "text_encoder.bert" if "text_encoder.bert.embeddings.word_embeddings.weight" in weights else "text_encoder"
     layer = rf"{re.escape(text)}\.encoder\.layer\.(\d+)\."
-    return AlbefConfig(
-        vision=vit_config(weights, "visual_encoder"),
-        fusion_layer=count(weights, layer) - count(weights, layer + r"crossattention\."),
-        **_bert(weights, text),
-    )
+    sizes = _bert(weights, text)
+    fused = count(weights, layer + r"crossattention\.")
+    alone = sizes["depth"] - fused
+    sizes["depth"] = alone + fused // pictures
+    return AlbefConfig(vision=vit_config(weights, "visual_encoder"), fusion_layer=alone, **sizes)
 
 
 def blip_config(weights: Mapping[str, Tensor]) -> BlipConfig:
@@ -90,6 +90,9 @@ def vilt_config(weights: Mapping[str, Tensor]) -> ViltConfig:
         heads=heads(width, "transformer"),
         mlp_ratio=_shape(weights, "transformer.blocks.0.mlp.fc1.weight")[0] / width,
         types=_shape(weights, "token_type_embeddings.weight")[0],
+        itm="itm_score.fc.weight" in weights or "rank_output.weight" in weights,
+        mlm="mlm_score.bias" in weights,
+        wpa="itm_score.fc.weight" in weights,
     )
 
 

@@ -92,6 +92,13 @@ def convert(official: Mapping[str, Tensor], target: Mapping[str, Tensor], config
     return table(config).convert(official, target)
 
 
+def convert_task(
+    official: Mapping[str, Tensor], target: Mapping[str, Tensor], config: VlmoConfig, head: str
+) -> Converted:
+    """The state dict of a task model, see :func:`task_table`."""
+    return task_table(config, head).convert(official, target)
+
+
 def beit_table(config: VlmoConfig) -> Table:
     """Names of an official BEiT -> ours: the first of the three stages (section 3.3) gives attention and V experts.
 

@@ -1,4 +1,5 @@
-"""Tokenizers: WordPiece (BERT's vocabularies, or trained on one's own captions) and CLIP's byte-level BPE.
+"""Tokenizers: WordPiece (BERT's vocabularies, or trained on one's own captions), CLIP's byte-level BPE, and unigram
+vocabularies of sentencepiece (XLM-R, BEiT-3).
 
 All settings live in the standard ``tokenizer.json`` of the ``tokenizers`` library: which tokens surround a text is in
 its post-processor, the longest length in its truncation. So a saved tokenizer needs no second file.
@@ -19,8 +20,23 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from imglish.data.sentencepiece import SentencePieceError, xlm_roberta
+
 PAD, UNK, CLS, SEP, MASK = WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BOS, EOS = CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+ROLES: dict[str, dict[str, tuple[str, ...]]] = {  # what a token is for -> its names, the first that there is
+    "bert": {"pad": (PAD,), "unk": (UNK,), "cls": (CLS,), "sep": (SEP,), "mask": (MASK,), "bos": (CLS,), "eos": (SEP,)},
+    "clip": {"unk": (EOS,), "bos": (BOS,), "eos": (EOS,)},
+    "sentences": {
+        "pad": ("<pad>", "</s>"),
+        "unk": ("<unk>",),
+        "cls": ("<s>",),
+        "sep": ("</s>",),
+        "mask": ("<mask>",),
+        "bos": ("<s>",),
+        "eos": ("</s>",),
+    },
+}
 CLIP_MERGES = 49152 - 256 - 2  # of the published file; later lines are not part of the vocabulary
 CLIP_LENGTH = 77
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # of CLIP
@@ -39,12 +55,14 @@ class Tokenizer:
         inner.no_padding()
         self.inner = inner
         self.is_clip = inner.token_to_id(BOS) is not None and isinstance(inner.model, models.BPE)
+        self.kind = "clip" if self.is_clip else "sentences" if isinstance(inner.model, models.Unigram) else "bert"
 
     # --- making one ---------------------------------------------------------------------------------------------
 
     @staticmethod
     def load(path: str | Path, max_length: int | None = None, append_sep: bool = True) -> Tokenizer:
-        """A ``tokenizer.json``, a BERT ``vocab.txt`` or CLIP's ``bpe_simple_vocab_16e6.txt.gz``.
+        """A ``tokenizer.json``, a BERT ``vocab.txt``, CLIP's ``bpe_simple_vocab_16e6.txt.gz``, or a sentencepiece
+        vocabulary (``.spm``, ``.model``) that is numbered as XLM-R's and BEiT-3's.
 
         max_length: longest sequence with special tokens (default: what the file says, else 512, CLIP 77).
         append_sep: for a ``vocab.txt``, whether [SEP] closes a text; official ALBEF has none.
@@ -54,6 +72,11 @@ class Tokenizer:
             return Tokenizer.clip(path, max_length or CLIP_LENGTH)
         if path.suffix == ".txt":
             return Tokenizer.bert(path, max_length or 512, append_sep)
+        if path.suffix in (".spm", ".model"):
+            try:
+                return Tokenizer(xlm_roberta(path, max_length or 512, append_sep))
+            except SentencePieceError as error:
+                raise TokenizerError(str(error)) from error
         try:
             loaded = Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises nothing narrower
@@ -131,6 +154,13 @@ class Tokenizer:
             raise TokenizerError(f"{' '.join(tokens)} have to be the last tokens of the vocabulary, they are {places}")
         return made
 
+    def filled_to(self, vocab_size: int) -> Tokenizer:
+        """The same tokenizer with tokens ``<unused0>``, ... that no text gives, up to ``vocab_size``: for models that
+        have more rows than their tokenizer has tokens (BEiT-3)."""
+        copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        copy.add_special_tokens([f"<unused{number}>" for number in range(vocab_size - self.vocab_size)])
+        return Tokenizer(copy)
+
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``, which :meth:`load` (and the ``tokenizers`` library) reads back."""
         Path(path).write_text(self.inner.to_str(pretty=True), encoding="utf-8")
@@ -158,6 +188,8 @@ class Tokenizer:
     def word_starts(self, ids: Sequence[int]) -> list[bool]:
         """For each token, whether a word begins there; special tokens stand for themselves."""
         given = np.asarray(ids, dtype=np.int64)
+        if self.kind == "sentences":
+            return [bool(b) for b in self._begins[given] | self.is_special[given]]
         if not self.is_clip:
             return [bool(b) for b in ~self._continues[given]]
         ends = self._ends_word[given]
@@ -178,36 +210,44 @@ class Tokenizer:
 
     @cached_property
     def append_sep(self) -> bool:
-        """Whether a closing token ([SEP], or CLIP's end token) follows a text."""
-        ids = self.inner.encode("").ids
-        return bool(ids) and ids[-1] == (self.eos_id if self.is_clip else self.inner.token_to_id(SEP))
+        """Whether a closing token ([SEP], </s>, or CLIP's end token) follows a text."""
+        ids, closing = self.inner.encode("").ids, self.token("eos")
+        return bool(ids) and closing is not None and ids[-1] == self.inner.token_to_id(closing)
+
+    def token(self, role: str) -> str | None:
+        """The token that is for ``role`` (pad, unk, cls, sep, mask, bos, eos), None where there is none."""
+        names = ROLES[self.kind].get(role, ())
+        return next((name for name in names if self.inner.token_to_id(name) is not None), None)
+
+    def _id_for(self, role: str) -> int:
+        return self.id_of(self.token(role) or next(iter(ROLES[self.kind].get(role, ROLES["bert"][role]))))
 
     @property
     def pad_id(self) -> int:
         """[PAD]; CLIP has none and fills up with 0."""
-        return 0 if self.is_clip else self.id_of(PAD)
+        return 0 if self.is_clip else self._id_for("pad")
 
     @property
     def cls_id(self) -> int:
-        return self.id_of(CLS)
+        return self._id_for("cls")
 
     @property
     def sep_id(self) -> int:
-        return self.id_of(SEP)
+        return self._id_for("sep")
 
     @property
     def mask_id(self) -> int:
-        return self.id_of(MASK)
+        return self._id_for("mask")
 
     @property
     def bos_id(self) -> int:
-        """The token that opens a text: CLIP's start token, else [CLS]."""
-        return self.id_of(BOS if self.is_clip else CLS)
+        """The token that opens a text: CLIP's start token, else [CLS] or <s>."""
+        return self._id_for("bos")
 
     @property
     def eos_id(self) -> int:
-        """The token that closes a text: CLIP's end token, else [SEP]."""
-        return self.id_of(EOS if self.is_clip else SEP)
+        """The token that closes a text: CLIP's end token, else [SEP] or </s>."""
+        return self._id_for("eos")
 
     def id_of(self, token: str) -> int:
         """Raises :class:`TokenizerError` where the vocabulary lacks ``token``."""
@@ -231,6 +271,10 @@ class Tokenizer:
     @cached_property
     def _continues(self) -> np.ndarray:
         return self._where(lambda token: token.startswith("##"))
+
+    @cached_property
+    def _begins(self) -> np.ndarray:
+        return self._where(lambda token: token.startswith("▁"))
 
     @cached_property
     def _ends_word(self) -> np.ndarray:

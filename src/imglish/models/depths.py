@@ -1,4 +1,4 @@
-"""How deep a parameter lies: which layers follow each other in the models of this library, for layer-wise learning rates.
+"""How deep a parameter lies: which layers follow each other in the models here, for layer-wise learning rates.
 
 A module that has layers has a line in :data:`STACKS`; a model is the modules that it is made of, so a task model needs
 no line of its own unless it adds layers.

@@ -1,0 +1,68 @@
+"""What a ``config.json`` of transformers leaves out: files on the hub hold only what differs from these values.
+
+The values are those of the configuration classes (4.x and 5.x agree in them); a test compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_BERT = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+}
+_TOWER = {"num_hidden_layers": 12, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
+_PATCHES = _TOWER | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224}
+_SIGLIP = _TOWER | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "layer_norm_eps": 1e-6}
+_SIGLIP |= {"hidden_act": "gelu_pytorch_tanh"}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip": {
+        "projection_dim": 512,
+        "logit_scale_init_value": 2.6592,
+        "vision_config": _PATCHES | {"patch_size": 32},
+        "text_config": _TOWER
+        | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 49408}
+        | {"max_position_embeddings": 77},
+    },
+    "chinese_clip": {
+        "projection_dim": 512,
+        "logit_scale_init_value": 2.6592,
+        "vision_config": _PATCHES | {"patch_size": 32},
+        "text_config": _BERT | {"vocab_size": 30522, "type_vocab_size": 2, "hidden_dropout_prob": 0.1},
+    },
+    "siglip": {
+        "vision_config": _SIGLIP | {"image_size": 224, "patch_size": 16},
+        "text_config": _SIGLIP | {"vocab_size": 32000, "max_position_embeddings": 64},
+    },
+    "blip": {
+        "projection_dim": 512,
+        "image_text_hidden_size": 256,
+        "vision_config": _PATCHES | {"image_size": 384, "patch_size": 16, "hidden_act": "gelu"},
+        "text_config": _BERT
+        | {"vocab_size": 30524, "num_attention_heads": 8, "bos_token_id": 30522, "label_smoothing": 0.0},
+    },
+    "vilt": _BERT
+    | {"vocab_size": 30522, "max_position_embeddings": 40, "image_size": 384, "patch_size": 32}
+    | {"hidden_dropout_prob": 0.0, "type_vocab_size": 2, "modality_type_vocab_size": 2, "num_images": -1},
+}
+"""``model_type`` -> what its settings are where the file does not say."""
+
+
+def filled(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """``given`` with the values that the file leaves out, in its towers too."""
+    made: dict[str, Any] = {}
+    for key in {**DEFAULTS[kind], **given}:
+        default, value = DEFAULTS[kind].get(key), given.get(key)
+        if isinstance(default, dict):
+            made[key] = {**default, **(value or {})}
+        else:
+            made[key] = default if value is None else value
+    return made
