@@ -60,6 +60,16 @@ def test_scores_of_web_and_synthetic_texts(
     assert main(score) == 0
     assert "0 texts scored" in capsys.readouterr().out
 
+    # many captions, the best by one model, and of these the best by another (LAION-COCO)
+    rule = ["--texts", "synthetic", "--no-min-itm", "--best", "2:itc", "--best", "1:ranker_itc"]
+    assert main(["filter", str(tmp_path / "scores"), *rule, "--out", str(tmp_path / "kept"), "--no-report"]) == 0
+    kept = open_source(tmp_path / "kept" / "keep.yaml")
+    assert len(kept) == 6
+    for record in kept:
+        rows = [row for row in table.to_pylist() if row["key"] == record.key and row["origin"] == "synthetic"]
+        first = sorted({row["text"]: row for row in rows}.values(), key=lambda row: -row["itc"])[:2]
+        assert record.captions == (max(first, key=lambda row: row["ranker_itc"])["text"],)
+
 
 def test_models_with_one_kind_of_score(models: Path, photos: Path) -> None:
     records = open_source(photos)
