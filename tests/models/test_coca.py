@@ -377,7 +377,6 @@ def test_capabilities() -> None:
     for capability in (EncodesImages, EncodesTexts, Trainable, Captions):
         assert isinstance(model, capability)
     assert not isinstance(model, Matches)
-    assert model.make_teacher() is None
     assert model.caption_form().longest == 48
 
 

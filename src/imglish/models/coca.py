@@ -157,9 +157,6 @@ class Coca(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         _init(self)
 
-    def make_teacher(self) -> None:
-        """CoCa is trained without a momentum teacher."""
-
     @torch.no_grad()
     def clamp_(self) -> None:
         """Keep the logit scale at most 100, as CLIP; the trainer calls it after each step."""

@@ -144,7 +144,7 @@ class Vilt(nn.Module):
 
     def embed_texts(self, texts: TextBatch) -> EncodedTexts:
         """Packed texts -> their input rows ``(T, D)``."""
-        rows = self.embedding(texts) + self.types.weight[0]
+        rows = self._texts(texts).rows
         return EncodedTexts(rows.new_zeros(len(texts), 0), texts.segments, rows)
 
     def _texts(self, texts: TextBatch) -> Ragged:
