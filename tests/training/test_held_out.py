@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from imglish.training.held_out import held_out
 from imglish.training.settings import SettingsError
 from imglish.training.setup import gather_materials, make_teacher, new_model, pair_dataset
 from imglish.training.trainer import train
+from tests.ranks import run_ranks
 from tests.training.support import assert_same, final_state, records
 
 TEXTS = {"name": "vlmo-tiny", "depth": 2, "fused_layers": 1, "itc": False, "itc_fused": False, "itm": False}
@@ -115,6 +117,26 @@ def test_the_same_whatever_was_drawn_before(codes: Path, tmp_path: Path, monkeyp
     assert other.metrics == pytest.approx(one.metrics, rel=1e-5)
 
 
+def found_by(rank: int, codes: Path) -> dict[str, float]:
+    """What a process finds with a visual tokenizer and with masked pictures."""
+    found: dict[str, float] = {}
+    for model, targets in ({"name": "dvae-tiny"}, None), ({"name": "beit-tiny"}, str(codes / "model")):
+        settings = recipe(codes, model, targets=targets)
+        materials = gather_materials(settings, records(24), records(30)[20:], None)
+        network = new_model(materials, 0)
+        dataset = pair_dataset(settings, materials, held_out=True)
+        one = held_out(network, make_teacher(network, materials), dataset, False, Errors())
+        found |= one.losses | one.metrics
+    return found
+
+
+def test_the_same_for_any_number_of_processes(codes: Path) -> None:
+    alone = found_by(0, codes)
+    assert {"untold", "code_usage", "mim", "mim_by_frequency"} < set(alone)
+    for found in run_ranks(2, found_by, codes):
+        assert found == pytest.approx(alone, rel=1e-5)
+
+
 def test_pictures_that_cannot_be_read_are_named(codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = recipe(tmp_path, {"name": "dvae-tiny"})
     materials = gather_materials(settings, records(24), records(4), None)
@@ -122,8 +144,6 @@ def test_pictures_that_cannot_be_read_are_named(codes: Path, tmp_path: Path, mon
     sample = dataset.sample
 
     def damaged(seed: int, epoch: int, item: int) -> Sample:
-        from dataclasses import replace
-
         return replace(sample(seed, epoch, item), unreadable=(Problem("picture-1", "damaged", "picture-1: damaged"),))
 
     monkeypatch.setattr(dataset, "sample", damaged)
