@@ -103,6 +103,7 @@ def answers(arguments: argparse.Namespace) -> int:
             machine,
             answer=answerer(model, loaded.tokenizer, how, _rule(arguments, model.family)),
             predictions=out / "predictions.jsonl",
+            how=f"{how}, {_rule(arguments, model.family)}, {arguments.precision}",
             errors=errors,
             **rule,
         )

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imglish.data.batch import TextBatch
+from imglish.data.batch import Batch, TextBatch
 from imglish.models.albef import Albef
 from imglish.models.aligned import project
 from imglish.models.answering import AnswerDecoder
 from imglish.nn.attention import Memory
 from imglish.nn.blocks import Block
 from imglish.nn.segments import Ragged, Rows, Segments
+from imglish.objectives.gather import gather, gather_with_grad, rank
+from imglish.objectives.itm import draw_negatives, has_negative, negative_weights
 from imglish.objectives.mlm import mlm_loss
 
 
@@ -110,10 +113,13 @@ class AlbefReasoning(_Task):
             raise ValueError(f"{len(images)} pictures to a sentence, the model reads {self.pictures}")
         if any(len(each) != len(texts) for each in images):
             raise ValueError(f"{len(texts)} texts, {[len(each) for each in images]} pictures")
+        return self.states_of(self.albef.vision(torch.cat(list(images))).split(len(texts)), texts, read)
+
+    def states_of(self, tokens: Sequence[Tensor], texts: TextBatch, read: Rows | None = None) -> Tensor:
+        """Fused states ``(T, D)`` from the pictures' tokens ``(B, L, D)``."""
         rows = self.albef.encode_texts(texts).rows
         assert rows is not None
         count = len(texts)
-        tokens = self.albef.vision(torch.cat(list(images))).split(count)
         layers = list(self.albef.fusion_layers)
         memories = [project(layers[n :: self.pictures], each) for n, each in enumerate(tokens)]
         for number, layer in enumerate(layers):
@@ -127,3 +133,42 @@ class AlbefReasoning(_Task):
     def forward(self, images: Sequence[Tensor], texts: TextBatch) -> Tensor:
         """Logits ``(B, 2)``, column 1 = true."""
         return self.classify(self.states(images, texts, Rows.first(texts.segments, texts.ids.device)))
+
+
+class AlbefAssignment(nn.Module):
+    """Pre-training for NLVR2 by text assignment (section 5, "NLVR2"): a caption with two pictures belongs to the first,
+    to the second, or to neither of them, each in a third of the cases.
+
+    The other pictures are drawn from the batch of all ranks, by likeness to the caption's own (hard negatives).
+    """
+
+    temperature = 0.07
+
+    def __init__(self, albef: Albef) -> None:
+        super().__init__()
+        self.reasoning = AlbefReasoning(albef)
+        self.head = nn.Linear(albef.config.width, 3)
+
+    def assign(self, features: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """features: ``(B, E)`` of the pictures, normalised; ids: ``(B,)``; draws: ``(B, 2)`` uniform. Returns the first
+        and the second picture of each caption, numbers int64 ``(B,)`` in the batch of all ranks, and the classes."""
+        everyone = gather(ids)
+        weights = negative_weights(features @ gather(features).T / self.temperature, ids, everyone)
+        own = torch.arange(len(ids), device=ids.device) + rank() * len(ids)
+        case, rest = (draws[:, 0] * 3).long().clamp(max=2), (draws[:, 0] * 3) % 1
+        one = draw_negatives(weights, draws[:, 1])
+        others = weights.scatter(1, one[:, None], 0.0)
+        two = torch.where(has_negative(others), draw_negatives(others, rest), one)
+        return torch.where(case == 0, own, one), torch.where(case == 1, own, torch.where(case == 0, one, two)), case
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, 3)`` and classes ``(B,)``."""
+        albef, texts = self.reasoning.albef, batch.texts
+        tokens = albef.vision(batch.squares)
+        with torch.no_grad():
+            features = F.normalize(albef.image_proj(tokens[:, 0].detach()).float(), dim=-1)
+            first, second, case = self.assign(features, batch.image_ids, batch.draws)
+        pictures = gather_with_grad(tokens)
+        read = Rows.first(texts.segments, texts.ids.device)
+        cls = self.reasoning.states_of([pictures[first], pictures[second]], texts, read)
+        return cast(Tensor, self.head(cls)), case

@@ -19,7 +19,7 @@ from imglish.data.batch import TextBatch
 from imglish.data.pictures import Pictures
 from imglish.data.tasks.batch import TaskBatch
 from imglish.models.albef import Albef
-from imglish.models.albef_heads import AlbefEntailment, AlbefReasoning, AlbefVqa
+from imglish.models.albef_heads import AlbefAssignment, AlbefEntailment, AlbefReasoning, AlbefVqa
 from imglish.models.answering import BY_PROBABILITY, RankRule, answer_loss, distilled_tokens, summed
 from imglish.models.beit3 import Beit3
 from imglish.models.beit3_heads import Beit3Nlvr2, Beit3Vqa
@@ -35,6 +35,8 @@ from imglish.nn.segments import Ragged
 from imglish.objectives.gather import global_mean
 from imglish.objectives.mlm import mlm_loss
 from imglish.objectives.momentum import MomentumTeacher, TeacherConfig
+
+ASSIGNMENT = "text_assignment"
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,17 @@ class AnswerModel(TaskModel):
         return {"answers": global_mean((each * answers.weights).sum(), len(batch))}
 
 
+class AssignmentModel(TaskModel):
+    """Learns from pairs which of two pictures a caption belongs to; NLVR2 then begins with its layers (ALBEF)."""
+
+    inner: AlbefAssignment
+
+    def losses(self, batch: Any, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
+        logits, case = self.inner(batch)
+        accuracy = (logits.detach().argmax(1) == case).float().mean()
+        return {"assignment": mlm_loss(logits, case), "metric/accuracy": accuracy}
+
+
 # ---- which families have which head --------------------------------------------------------------------------------
 
 
@@ -248,12 +261,33 @@ def families(form: str) -> list[str]:
     return sorted(CLASSIFIERS if form == "classes" else WRITERS)
 
 
+def for_assignment(base: nn.Module) -> AssignmentModel:
+    """``base``, which is taken over, made ready for text assignment."""
+    if not isinstance(base, Albef):
+        family: Any = base.family
+        raise MissingCapabilityError(f"text assignment is a pre-training of ALBEF for NLVR2, not of {family}")
+    head = HeadConfig(ASSIGNMENT, classes=("first", "second", "neither"), pictures=2)
+    return AssignmentModel(base, head, AlbefAssignment(base))
+
+
+def after_assignment(model: AssignmentModel, head: HeadConfig) -> TaskModel:
+    """A model for NLVR2 that begins with the layers of text assignment; the head is new."""
+    reasoning = model.inner.reasoning
+    if head.pictures != reasoning.pictures or head.form != "classes":
+        raise MissingCapabilityError(f"text assignment prepares a choice about {reasoning.pictures} pictures")
+    width = reasoning.albef.config.width
+    reasoning.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(head.classes)))
+    return ClassModel(reasoning.albef, head, reasoning)
+
+
 def with_head(base: nn.Module, head: HeadConfig) -> TaskModel:
     """``base``, which is taken over, with a new head.
 
     Raises :class:`MissingCapabilityError` for a family that has none of the kind.
     """
     family: Any = base.family
+    if head.task == ASSIGNMENT:
+        return for_assignment(base)
     if family not in families(head.form):
         what = "chooses among classes" if head.form == "classes" else "writes answers"
         raise MissingCapabilityError(

@@ -15,7 +15,7 @@ from imglish.data.text import CaptionStyle
 from imglish.evaluation.rerank import ScoreRule
 from imglish.training.settings import SettingsError, fill, read_mapping
 
-TaskName = Literal["vqa", "nlvr2", "entailment"]
+TaskName = Literal["vqa", "nlvr2", "entailment", "text_assignment"]
 
 
 def _between(key: str, value: float, low: float, high: float, hint: str = "") -> None:
@@ -263,11 +263,12 @@ class ValidationRecipe:
 @dataclass(frozen=True)
 class TaskRecipe:
     """What a model is fine-tuned for (docs/tasks.md). name: a task with a head of its own, None: the model's own
-    objectives on pairs; head: a choice among "classes", or "answers" that are written; answers: file of the classes or
-    candidate answers (None: the ``most_answers`` most frequent training answers, or the classes of the task); pictures:
-    to a text (None: as the task has them); annotations: second file of VQA v2, validation_annotations: that of the
-    validation; hold_out: share of the training data held out for validation, by picture; alpha: weight of what the
-    momentum copy says in place of the labels (0: no copy).
+    objectives on pairs; "text_assignment" prepares ALBEF for NLVR2, on pairs; head: a choice among "classes", or
+    "answers" that are written; answers: file of the classes or candidate answers (None: the ``most_answers`` most
+    frequent training answers, or the classes of the task); pictures: to a text (None: as the task has them);
+    annotations: second file of VQA v2, validation_annotations: that of the validation; hold_out: share of the training
+    data held out for validation, by picture; alpha: weight of what the momentum copy says in place of the labels (0: no
+    copy).
     """
 
     name: TaskName | None = None

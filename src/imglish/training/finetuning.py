@@ -24,7 +24,7 @@ from imglish.evaluation.tasks.answering import answer_ids, answerer
 from imglish.evaluation.tasks.base import frequent
 from imglish.evaluation.tasks.run import TaskResult, evaluate_task
 from imglish.models.capabilities import MissingCapabilityError
-from imglish.models.heads import HeadConfig, TaskModel, with_head
+from imglish.models.heads import AssignmentModel, HeadConfig, TaskModel, after_assignment, with_head
 from imglish.objectives.gather import rank, world_size
 from imglish.report import Report
 from imglish.training.config import Recipe
@@ -165,6 +165,9 @@ class TaskWork:
         """The model to start from with its head: new, or that of an earlier fine-tuning for the same."""
         start = self.materials.start
         try:
+            if isinstance(start, AssignmentModel):
+                torch.manual_seed(self.recipe.seed)
+                return after_assignment(start, self.head)
             if isinstance(start, TaskModel):
                 if (start.head.form, start.head.classes) != (self.head.form, self.head.classes):
                     raise SettingsError(

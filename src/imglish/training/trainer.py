@@ -21,6 +21,7 @@ from imglish.data.errors import FILE as ERRORS
 from imglish.data.errors import Errors
 from imglish.data.loader import Position
 from imglish.data.records import Record
+from imglish.models.heads import ASSIGNMENT
 from imglish.objectives.gather import rank, world_size
 from imglish.training.alarms import FiniteWatch, LearningWatch, LossNotFinite
 from imglish.training.average import WeightAverage
@@ -44,7 +45,7 @@ from imglish.training.settings import SettingsError
 from imglish.training.setup import Materials, compile_towers, make_teacher
 from imglish.training.signals import Interrupted, StopSignal
 from imglish.training.step import Stepper, StepSettings
-from imglish.training.work import PairWork, Work
+from imglish.training.work import AssignmentWork, PairWork, Work
 
 GRADIENT = "gradient norm"
 
@@ -121,6 +122,8 @@ def work_of(
     """What the recipe trains on: a task with a head of its own, or pairs (see :func:`train`)."""
     if recipe.task.name is None:
         return PairWork(recipe, records, validation, resumed, errors_file)
+    if recipe.task.name == ASSIGNMENT:
+        return AssignmentWork(recipe, records, validation, resumed, errors_file)
     return TaskWork(recipe, resumed, errors_file)
 
 

@@ -13,9 +13,12 @@ from torch import nn
 from imglish.data.errors import Errors
 from imglish.data.loader import Position, training_batches
 from imglish.data.records import Record
+from imglish.models.capabilities import MissingCapabilityError
+from imglish.models.heads import for_assignment
 from imglish.objectives.gather import rank, world_size
 from imglish.report import Report
 from imglish.training.config import Recipe
+from imglish.training.settings import SettingsError
 from imglish.training.setup import Materials, beside_pairs, gather_materials, mixtures, new_model, pair_dataset
 from imglish.training.validation import Validated, check_validation, validate, validate_captions
 
@@ -109,3 +112,21 @@ class PairWork:
     def _write_captions(self, model: nn.Module, limit: int) -> Any:
         """Captions of the first validation pictures, where the model writes some and there are pictures."""
         return validate_captions(model, self.materials, self.recipe, limit)
+
+
+class AssignmentWork(PairWork):
+    """Text assignment on pairs, which prepares ALBEF for NLVR2 and is judged there."""
+
+    def __init__(self, recipe: Recipe, *rest: Any) -> None:
+        super().__init__(recipe, *rest)
+        if self.validates:
+            raise SettingsError("validation.data", "text assignment is judged by the NLVR2 that follows; leave it out")
+
+    def new_model(self) -> nn.Module:
+        try:
+            return for_assignment(super().new_model())
+        except MissingCapabilityError as error:
+            raise SettingsError("model", str(error)) from error
+
+    def check(self, model: nn.Module) -> None:
+        """Nothing is validated."""

@@ -96,13 +96,14 @@ def evaluate_task(
     predictions: Path | None = None,
     errors: Errors | None = None,
     load: Callable[[Path], Picture] | None = None,
+    how: str = "",
     **rule: Any,
 ) -> TaskResult:
     """Answer ``examples`` and score the answers; under ``torchrun`` all ranks share the work.
 
     answer: how the model answers (default: by its classes); predictions: a JSONL file that receives each answer as soon
     as it is known, one file a rank; those that lie there are kept, so the same call continues. Examples whose pictures
-    cannot be read are left out and counted in ``errors``. rule: of the task's metric. Raises
+    cannot be read are left out and counted in ``errors``. how: what else the answers depend on, in a word; rule: of the task's metric. Raises
     ``MissingCapabilityError`` for a model without a head for the task, :class:`DataError` for examples without answers.
     """
     if lacking := [example.place for example in examples if not example.answers]:
@@ -112,7 +113,7 @@ def evaluate_task(
     began, training = time.perf_counter(), model.training
     model.eval()
     try:
-        found, lost = _answers(model, tokenizer, examples, machine, answer or classes, predictions, load)
+        found, lost = _answers(model, tokenizer, examples, machine, answer or classes, predictions, load, how)
     finally:
         model.train(training)
     errors = Errors(what="examples") if errors is None else errors
@@ -170,13 +171,14 @@ def _answers(
     answer: Answerer,
     predictions: Path | None,
     load: Callable[[Path], Picture] | None,
+    how: str,
 ) -> tuple[dict[str, Said], dict[str, Problem]]:
     """What is said to every example, and whose pictures cannot be read; by all ranks together."""
     before: dict[str, Said] = {}
     with ExitStack() as stack_of_files:
         file = None
         if predictions is not None:
-            header = {"model": _digest(model), "examples": _examples_digest(examples)}
+            header = {"model": _digest(model), "examples": _examples_digest(examples), "how": how}
             before = _read(predictions, header)
             if world_size() > 1:
                 dist.barrier()  # all have read before anyone writes
