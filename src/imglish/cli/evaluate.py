@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imglish.cli import evaluate_answers, evaluate_tasks
+from imglish.cli import evaluate_answers, evaluate_suite, evaluate_tasks
 from imglish.cli.source_options import add_source_options, source_config
 from imglish.cli.writing import add_options, generation_config
 
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add_options(captioning, many=False)
     evaluate_tasks.add_jobs(jobs)
     evaluate_answers.add_jobs(jobs)
+    evaluate_suite.add_job(jobs)
     add = retrieval.add_argument
     add("--rerank", type=int, default=32, metavar="K", help="candidates that the fusion scores, 0: none (default: 32)")
     add("--all-pairs", action="store_true", help="the fusion scores every pair (small sets)")
@@ -226,7 +227,7 @@ def _records(arguments: argparse.Namespace) -> tuple[Sequence[Record], Errors]:
     return records[: arguments.limit], Errors(arguments.max_errors, file)
 
 
-_JOBS = {
+_JOBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "retrieval": _retrieval,
     "captioning": _captioning,
     "compositional": evaluate_tasks.compositional,
@@ -234,4 +235,5 @@ _JOBS = {
     "linear-probe": evaluate_tasks.linear_probe,
     "grounding": evaluate_tasks.grounding,
     **dict.fromkeys(evaluate_answers.TASKS, evaluate_answers.answers),
+    "suite": lambda arguments: evaluate_suite.suite(arguments, _parser().parse_args, _JOBS),
 }
