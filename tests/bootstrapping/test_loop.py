@@ -18,6 +18,7 @@ from imglish.data.scene_noise import CaptionNoise
 from imglish.data.scenes import SceneConfig
 from imglish.data.sources import open_source
 from imglish.training.settings import SettingsError
+from tests.ranks import run_ranks
 
 LOOK: dict[str, Any] = {"size": 32, "captions": 1, "people": (1, 1), "languages": ("en",), "pairs": 1}
 
@@ -162,3 +163,19 @@ def test_shards_that_cannot_be_read_end_the_loop(data: dict[str, dict[str, str]]
     copied.write_text("\n".join(copied.read_text().splitlines()[:5]))
     with pytest.raises(DataError, match="1 of 2 shards"):
         list(run_loop(steps))
+
+
+def steps_of(rank: int, settings: dict[str, Any]) -> list[int]:
+    return [result.step for result in run_loop(loop_from(settings))]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(data: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    settings = recipe(data, tmp_path / "out")
+    stages = {name: stages for name, stages in settings["stages"].items() if name not in ("captioner", "filter")}
+    stages["captions"]["caption"] |= {"model": "noisy", "per_shard": 3}
+    stages["scores"]["score"]["model"] = "noisy"
+    settings["stages"] = stages
+    assert run_ranks(2, steps_of, settings) == [[2, 2], [2, 2]]
+    assert len(open_source(tmp_path / "out" / "4-kept" / "keep.yaml")) == 28
+    assert run_ranks(2, steps_of, settings) == [[], []]
