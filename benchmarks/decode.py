@@ -4,10 +4,11 @@
     python -m benchmarks.decode --size 384 --photos 200 --workers 1 4 16 --step-ms 20
 
 The peer is what people write first: Pillow decodes in full, a random part is cut out and resized, becomes float32 and
-is normalised, and torch's DataLoader puts batches together. Ours decodes JPEGs at the smallest size that has twice the
-wanted side (``good``), or once (``fast``), and hands over uint8. Both take the same parts of the same photographs
+is normalised, and torch's DataLoader puts batches together. Ours decodes JPEGs at a reduced size (``good``, ``fast``)
+and hands over uint8. Both take the same parts of the same photographs
 (``--crop 1``: the whole of them, as for an index). Rates by core are CPU time of one process, so a busy machine
-disturbs them little; rates over workers are wall time.
+disturbs them little; rates over workers are wall time, "scaling" is to the first number of workers. How far ahead the
+workers should be: benchmarks/prefetch.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -121,36 +123,68 @@ def loaders(
     }
 
 
-def over_workers(
-    paths: list[Path], transform: ImageTransform, batch: int, workers: int, count: int, step: float
-) -> list[list[str]]:
-    """Seconds to the first batch, images a second of the following ones, and the share of time that steps which keep
-    the device busy for ``step`` seconds wait."""
-    rows = []
-    for name, make in loaders(paths, transform, batch, workers).items():
-        start = time.perf_counter()
-        batches = make()
+@dataclass(frozen=True)
+class Fed:
+    """first: seconds to the first batch; rate: images a second of the following ones; waiting: share of the time that
+    steps wait that keep the device busy for a while."""
+
+    first: float
+    rate: float
+    waiting: float
+
+
+def feed(make: Callable[[], Iterator[object]], batch: int, count: int, step: float) -> Fed:
+    start = time.perf_counter()
+    batches = make()
+    next(batches)
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(count):
         next(batches)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        for _ in range(count):
-            next(batches)
-        rate = count * batch / (time.perf_counter() - start)
-        waited = 0.0
-        start = time.perf_counter()
-        for _ in range(count):
-            asked = time.perf_counter()
-            next(batches)
-            waited += time.perf_counter() - asked
-            time.sleep(step)  # the device computes, the host is free
-        share = waited / (time.perf_counter() - start)
-        rows.append([str(workers), name, f"{first:.2f} s", f"{rate:.0f}", f"{100 * share:.0f} %"])
-        del batches
-    return rows
+    rate = count * batch / (time.perf_counter() - start)
+    waited = 0.0
+    start = time.perf_counter()
+    for _ in range(count):
+        asked = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - asked
+        time.sleep(step)  # the device computes, the host is free
+    return Fed(first, rate, waited / (time.perf_counter() - start))
+
+
+def over_workers(
+    paths: list[Path],
+    transform: ImageTransform,
+    batch: int,
+    workers: Sequence[int],
+    count: int,
+    step: float,
+    turns: int,
+) -> list[list[str]]:
+    """Medians of several turns, in each of which every loader runs once, alone."""
+    found: dict[tuple[int, str], list[Fed]] = {}
+    for _ in range(turns):
+        for number in workers:
+            for name, make in loaders(paths, transform, batch, number).items():
+                found.setdefault((number, name), []).append(feed(make, batch, count, step))
+    rates = {key: statistics.median(fed.rate for fed in turn) for key, turn in found.items()}
+    return [
+        [
+            str(number),
+            name,
+            f"{statistics.median(fed.first for fed in found[number, name]):.2f} s",
+            f"{rate:.0f}",
+            f"{rate / rates[number, 'plain Pillow']:.2f}x",
+            f"{rate / rates[workers[0], name]:.2f}x",
+            f"{100 * statistics.median(fed.waiting for fed in found[number, name]):.0f} %",
+        ]
+        for (number, name), rate in rates.items()
+    ]
 
 
 def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
+    parser.add_argument("--images", type=Path, help="folder of JPEGs in place of made photographs")
     parser.add_argument("--photos", type=int, default=64)
     parser.add_argument("--width", type=int, default=1400)
     parser.add_argument("--height", type=int, default=1050)
@@ -158,30 +192,32 @@ def main() -> None:
     parser.add_argument("--crop", type=float, default=0.5, help="smallest share of the random part")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=8, help="timed batches of a loader")
+    parser.add_argument("--turns", type=int, default=3, help="of all loaders; the median counts")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--step-ms", type=float, default=100.0, help="of a training step on the device")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transform = ImageTransform(options.size, crop_scale=(options.crop, 1.0))
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.jpg" for number in range(options.photos)]
-        for number, path in enumerate(paths):
-            path.write_bytes(photograph(number, options.width, options.height))
+        if options.images is not None:
+            paths = sorted(options.images.glob("*.jp*g"))[: options.photos]
+        else:
+            paths = [Path(folder) / f"{number}.jpg" for number in range(options.photos)]
+            for number, path in enumerate(paths):
+                path.write_bytes(photograph(number, options.width, options.height))
         mean = sum(path.stat().st_size for path in paths) / len(paths)
         print(machine("cpu"))
-        print(f"{options.width}x{options.height}, {mean / 1024:.0f} KiB on average, to {options.size}\n")
+        size = f"{options.width}x{options.height}" if options.images is None else f"photographs of {options.images}"
+        print(f"{size}, {mean / 1024:.0f} KiB on average, to {options.size}\n")
         rows = by_core(paths, transform, options.repeats)
         print(table(["by core", "images/s", "", "mean difference of 255"], rows))
-        rows = [
-            row
-            for workers in options.workers
-            for row in over_workers(paths, transform, options.batch, workers, options.batches, options.step_ms / 1000)
-        ]
-        if rows:
-            print()
-            print(
-                table(["workers", "", "first batch", "images/s", f"waiting, steps of {options.step_ms:.0f} ms"], rows)
-            )
+        if not options.workers:
+            return
+        rows = over_workers(
+            paths, transform, options.batch, options.workers, options.batches, options.step_ms / 1000, options.turns
+        )
+        waiting = f"waiting, steps of {options.step_ms:.0f} ms"
+        print("\n" + table(["workers", "", "first batch", "images/s", "to plain", "scaling", waiting], rows))
 
 
 if __name__ == "__main__":

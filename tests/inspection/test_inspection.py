@@ -330,7 +330,7 @@ def test_parts_of_a_mixture_are_compared(messy: Path, capsys: pytest.CaptureFixt
     held = json.loads((messy / "o" / "survey.json").read_text())
     (shared,) = held["shared"]
     assert (shared["bytes"], shared["captions"], shared["parts_of_a_mixture"]) == (1, 0, True)
-    assert "each of its captions as wrong for the other" in (messy / "o" / "report.html").read_text(encoding="utf-8")
+    assert "captions of the one count as wrong for the other" in (messy / "o" / "report.html").read_text(encoding="utf-8")
 
 
 def test_rows_with_several_pictures_are_looked_at_apart(messy: Path, capsys: pytest.CaptureFixture[str]) -> None:

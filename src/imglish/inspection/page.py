@@ -220,7 +220,7 @@ def _overlaps(page: _Page) -> None:
         return
     if all(overlap.mixed for overlap in page.survey.overlaps):
         page.report.heading("Shared between parts of the mixture")
-        text = "A picture that two parts have counts as two pictures: each of its captions as wrong for the other."
+        text = "A picture that two parts have counts as two: the captions of the one count as wrong for the other."
     else:
         page.report.heading("Shared between splits")
         text = "Pictures that stand in a training and in an evaluation split make results look better than they are."
