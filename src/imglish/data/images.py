@@ -37,7 +37,7 @@ Reason = Literal[
 ]
 Least = int | Callable[[int, int], tuple[float, float]]
 # How many times the wanted side a JPEG decoded at 1/8, 1/4, 1/2 must have. One half at 1.5 times differs less from the
-# whole (2.0 of 255 on COCO's photographs) than one quarter at twice (2.5): benchmarks/decode.py.
+# whole (1.9 of 255 on COCO's photographs) than one quarter at twice (2.3): benchmarks/decode.py.
 _LEAST = {"good": {8: 2.0, 4: 2.0, 2: 1.5}, "fast": {8: 1.0, 4: 1.0, 2: 1.0}}
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _UPRIGHT = {
