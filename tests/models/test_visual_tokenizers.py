@@ -95,11 +95,14 @@ def test_logit_laplace_is_a_density() -> None:
 def test_what_codes_tell() -> None:
     one_code = torch.full((2, 8, 3, 3), -40.0)
     one_code[:, 3] = 40.0
-    told = F.one_hot(torch.arange(8).view(1, 2, 4), 8).permute(0, 3, 1, 2).float() * 80
+    pictures = F.one_hot((torch.arange(8).view(8, 1, 1) + torch.arange(4).view(1, 2, 2)) % 8, 8)
+    told = pictures.permute(0, 3, 1, 2).float() * 80  # at each place every picture has a code of its own
+    places = told[:1].expand(8, -1, -1, -1)  # a code for each place, whatever the picture
     most = float(np.log(8))
     assert float(untold(one_code)) == pytest.approx(most, abs=1e-4)
     assert float(untold(torch.zeros(2, 8, 3, 3))) == pytest.approx(most, abs=1e-4)
     assert float(untold(told)) == pytest.approx(0.0, abs=1e-4)
+    assert float(untold(places)) == pytest.approx(most, abs=1e-4)
     assert float(kl_to_uniform(torch.zeros(2, 8, 3, 3))) == pytest.approx(0.0, abs=1e-6)
     assert float(kl_to_uniform(one_code)) == pytest.approx(most, abs=1e-4)
     assert float(code_usage(told.argmax(1), 8)) == pytest.approx(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_a_tokenizer_tells_its_use_of_the_codebook(codes: Path, tmp_path: Path) 
     first, last = validations(result.events)
     assert set(last["losses"]) == {"reconstruction", "divergence", "untold"}
     model = load(tmp_path / "again" / "model").model
-    assert 1 / model.codes <= last["metrics"]["code_usage"] <= 1
+    assert 1 / model.codes <= last["metrics"]["code_usage_by_place"] <= last["metrics"]["code_usage"] <= 1
     assert result.best["loss"] == min(sum(event["losses"].values()) for event in (first, last))
     assert load(tmp_path / "again" / "best").meta["step"] == result.best["step"]
     assert "held out" in (tmp_path / "again" / "report.html").read_text(encoding="utf-8")
@@ -73,12 +74,12 @@ def test_a_tokenizer_tells_its_use_of_the_codebook(codes: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("model", "losses", "metrics"),
     [
-        ({"name": "beit-tiny"}, {"mim"}, {"mim_accuracy", "mim_by_frequency"}),
+        ({"name": "beit-tiny"}, {"mim"}, {"mim_accuracy", "mim_by_place"}),
         (TEXTS, {"mlm"}, {"mlm_by_frequency"}),
         (
             {"name": "beit3-tiny"},
             {"pair_mim", "pair_mlm"},
-            {"mim_accuracy", "mim_by_frequency", "mlm_by_frequency"},
+            {"mim_accuracy", "mim_by_place", "mlm_by_frequency"},
         ),
     ],
     ids=["pictures", "texts", "pairs"],
@@ -94,8 +95,8 @@ def test_masked_objectives(
         assert set(event["losses"]) == losses
         assert set(event["metrics"]) == metrics
         assert "towers" not in event
-    assert found[0]["metrics"]["mlm_by_frequency" if model is TEXTS else "mim_by_frequency"] == pytest.approx(
-        found[1]["metrics"]["mlm_by_frequency" if model is TEXTS else "mim_by_frequency"]
+    assert found[0]["metrics"]["mlm_by_frequency" if model is TEXTS else "mim_by_place"] == pytest.approx(
+        found[1]["metrics"]["mlm_by_frequency" if model is TEXTS else "mim_by_place"]
     )
 
 
@@ -117,6 +118,15 @@ def test_the_same_whatever_was_drawn_before(codes: Path, tmp_path: Path, monkeyp
     assert other.metrics == pytest.approx(one.metrics, rel=1e-5)
 
 
+def test_codes_that_name_their_place_are_told_from_codes_that_tell_of_pictures() -> None:
+    places = torch.arange(9).expand(50, 9)
+    pictures = (torch.arange(50)[:, None] + torch.arange(9)) % 9
+    assert module._entropy(places) == pytest.approx(module._entropy(pictures), rel=0.01)  # nothing to see in these
+    assert module._by_place(places) == pytest.approx(0.0)
+    assert module._by_place(pictures) == pytest.approx(math.log(9), rel=0.01)
+    assert module._entropy(torch.zeros(0, dtype=torch.int64)) == 0.0
+
+
 def found_by(rank: int, codes: Path) -> dict[str, float]:
     """What a process finds with a visual tokenizer and with masked pictures."""
     found: dict[str, float] = {}
@@ -132,7 +142,7 @@ def found_by(rank: int, codes: Path) -> dict[str, float]:
 
 def test_the_same_for_any_number_of_processes(codes: Path) -> None:
     alone = found_by(0, codes)
-    assert {"untold", "code_usage", "mim", "mim_by_frequency"} < set(alone)
+    assert {"untold", "code_usage", "mim", "mim_by_place"} < set(alone)
     for found in run_ranks(2, found_by, codes):
         assert found == pytest.approx(alone, rel=1e-5)
 

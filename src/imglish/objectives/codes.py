@@ -49,16 +49,18 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
 
 
 def untold(logits: Tensor) -> Tensor:
-    """How much less than log K nats the codes of a batch tell about their cells, 0-D in 0..log K, with gradient.
+    """How much less than log K nats codes tell about pictures, 0-D in 0..log K, with gradient.
 
-    logits: ``(B, K, ...)``. What codes tell is the mutual information of cell and code: the entropy of the mean of
-    softmax(logits) over the cells of all ranks, less the mean of their entropies. Nothing is told where all cells have
-    one code, and nothing where every cell has all codes alike.
+    logits: ``(B, K, ...)``, codes at the places of B pictures. What a code tells is the mutual information of picture
+    and code at its place, mean over places: the entropy of the mean of softmax(logits) over the pictures of all ranks,
+    less the mean of their entropies; at most log B. Nothing is told where all pictures have one code, nothing where
+    every one has all codes alike, and nothing by codes that only name their place, which convolutions know from the
+    border and which would otherwise be the easiest thing to tell.
     """
     log_p = F.log_softmax(logits, dim=1)
     p = log_p.exp()
-    mean = gather_with_grad(p.movedim(1, -1).flatten(0, -2).mean(0, keepdim=True)).mean(0)
-    told = (p * log_p).sum(1).mean() - (mean * mean.clamp(min=1e-12).log()).sum()
+    mean = gather_with_grad(p.mean(0, keepdim=True)).mean(0)
+    told = (p * log_p).sum(1).mean() - (mean * mean.clamp(min=1e-12).log()).sum(0).mean()
     return math.log(logits.shape[1]) - told
 
 

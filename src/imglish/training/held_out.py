@@ -7,7 +7,7 @@ Everything is the same at every validation: the pictures are whole, masks are dr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,19 @@ from imglish.data.batch import Batch
 from imglish.data.dataset import PairDataset, collate
 from imglish.data.errors import Errors
 from imglish.models.visual_codes import CodeTeacher, TokenizesImages
-from imglish.objectives.codes import code_usage
 
 BLOCK = 64  # items computed at a time, whatever the batch of the training is
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """losses, metrics: means over the held-out items, named as in training. Among the metrics are, of a visual
-    tokenizer, ``code_usage`` over all held-out pictures together, and of masked objectives ``mim_by_frequency`` and
-    ``mlm_by_frequency``: what the loss is of a model that knows nothing but how frequent each code or token is among
-    these targets. A model that has learned something is below."""
+    """losses, metrics: means over the held-out items, named as in training; and measured over all of them together:
+
+    ``code_usage`` of a visual tokenizer, and ``code_usage_by_place``, which leaves out what codes only say about the
+    place in the picture; ``mim_by_place`` and ``mlm_by_frequency`` of masked objectives: what the loss is of a model
+    that knows how frequent each code is at each place, or each token, among these very items, and nothing else. A model
+    that has learned more is below. (Codes are counted: with fewer pictures than codes both values come out too small.)
+    """
 
     losses: dict[str, float]
     metrics: dict[str, float]
@@ -51,8 +53,8 @@ def held_out(model: nn.Module, teacher: Any, dataset: PairDataset, autocast: boo
     """
     device = next(model.parameters()).device
     sums: dict[str, float] = {}
-    codes = _Frequencies()
-    targets = {"mim_by_frequency": _Frequencies(), "mlm_by_frequency": _Frequencies()}
+    codes: list[Tensor] = []  # of whole pictures, (B, places) each
+    words: list[Tensor] = []
     was_training = model.training
     model.eval()
     try:
@@ -64,23 +66,30 @@ def held_out(model: nn.Module, teacher: Any, dataset: PairDataset, autocast: boo
                     found: dict[str, Tensor] = model.losses(batch, teacher)  # type: ignore[operator]
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
-                if isinstance(model, TokenizesImages):
+                if (tokenize := _tokenizer(model, teacher)) is not None:
                     grid: int = model.config.grid  # type: ignore[union-attr,assignment]
-                    codes.add(model.tokenize(batch.squares, (grid, grid)))
-                if isinstance(teacher, CodeTeacher) and batch.patches is not None:
-                    grid = model.config.grid  # type: ignore[union-attr,assignment]
-                    of_patches = teacher.codes(batch.squares, (grid, grid)).flatten()
-                    targets["mim_by_frequency"].add(of_patches[batch.patches.rows])
+                    codes.append(tokenize(batch.squares, (grid, grid)).cpu())
                 if batch.masked is not None:
-                    targets["mlm_by_frequency"].add(batch.masked.labels)
+                    words.append(batch.masked.labels.cpu())
     finally:
         model.train(was_training)
     means = {name: value / len(dataset) for name, value in sums.items()}
     metrics = {name.removeprefix("metric/"): mean for name, mean in means.items() if name.startswith("metric/")}
     if isinstance(model, TokenizesImages):
-        metrics["code_usage"] = float(code_usage(codes.all(), model.codes))
-    metrics |= {name: values.entropy() for name, values in targets.items() if values.parts}
+        metrics["code_usage"] = math.exp(_entropy(torch.cat(codes))) / model.codes
+        metrics["code_usage_by_place"] = math.exp(_by_place(torch.cat(codes))) / model.codes
+    elif codes:
+        metrics["mim_by_place"] = _by_place(torch.cat(codes))
+    if words:
+        metrics["mlm_by_frequency"] = _entropy(torch.cat(words))
     return HeldOut({name: mean for name, mean in means.items() if not name.startswith("metric/")}, metrics)
+
+
+def _tokenizer(model: nn.Module, teacher: Any) -> Callable[[Tensor, tuple[int, int]], Tensor] | None:
+    """What gives the codes of pictures: the model, or the visual tokenizer whose codes it fills in."""
+    if isinstance(model, TokenizesImages):
+        return model.tokenize
+    return teacher.codes if isinstance(teacher, CodeTeacher) else None
 
 
 def _blocks(dataset: PairDataset, errors: Errors) -> Iterator[Batch]:
@@ -90,20 +99,12 @@ def _blocks(dataset: PairDataset, errors: Errors) -> Iterator[Batch]:
         yield collate(samples)
 
 
-class _Frequencies:
-    """Which numbers came how often."""
+def _by_place(codes: Tensor) -> float:
+    """Mean over places of the entropy of ``codes (N, places)`` at each, in nats."""
+    return sum(_entropy(column) for column in codes.T) / codes.shape[1]
 
-    def __init__(self) -> None:
-        self.parts: list[Tensor] = []
 
-    def add(self, numbers: Tensor) -> None:
-        self.parts.append(numbers.flatten().cpu())
-
-    def all(self) -> Tensor:
-        return torch.cat(self.parts)
-
-    def entropy(self) -> float:
-        """Of the frequencies, in nats."""
-        counts = torch.bincount(self.all()).double()
-        share = counts / counts.sum()
-        return float(torch.special.entr(share).sum()) if len(self.all()) else math.nan
+def _entropy(numbers: Tensor) -> float:
+    """Of how often each number comes, in nats; 0 of none."""
+    counts = torch.bincount(numbers.flatten()).double()
+    return float(torch.special.entr(counts / counts.sum().clamp(min=1)).sum())
