@@ -29,8 +29,8 @@ class DVaeConfig:
     width: channels at full resolution, doubled by each of ``groups`` groups of ``blocks`` blocks, between which the
     resolution halves; start: channels that the decoder makes of a code; temperature: of the Gumbel softmax at the
     start and after ``anneal_epochs``; kl_weight: of each cell's divergence from even probabilities (beta), reached
-    after ``kl_epochs``. Both change along half a cosine. information: weight of what codes do not tell
-    about pictures at their places (0 as published; with small data and few steps they collapse to a handful without it).
+    after ``kl_epochs``. Both change along half a cosine. information: weight of what codes do not tell about
+    pictures at their places (0 as published; with small data and few steps they collapse to a handful without it).
     """
 
     image: ImageInput = field(default_factory=lambda: ImageInput(256, *PLAIN))
