@@ -307,7 +307,7 @@ def load(
     the family (a file, or a folder of transformers or open_clip), or ``hf:OWNER/NAME`` on the hub.
 
     device: default, a GPU where there is one; tokenizer: its file, for released weights that have none beside them;
-    revision: on the hub; image_size, max_length: other sizes than the model was trained with, positions are fitted by the
-    rule of its family. Raises ``CheckpointError``, which names the file and what is wrong with it.
+    revision: on the hub; image_size, max_length: other sizes than the model was trained with, positions are fitted by
+    the rule of its family. Raises ``CheckpointError``, which names the file and what is wrong with it.
     """
     return Model(load_any(name, tokenizer, revision, image_size, max_length), device)

@@ -47,7 +47,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         if _is_torchscript(path):
             return _read_torchscript(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
     except Exception as error:  # what a damaged or foreign file does to its reader cannot be foreseen

@@ -60,9 +60,13 @@ def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes:
     except (ConversionError, ValueError, TypeError, KeyError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{source.path} looks like {form.title}, but does not fit: {what}") from error
+    words = _tokenizer(source, form, config, tokenizer) if registry.reads_texts(config) else None
+    if head is not None and head.form == "answers" and words is not None:
+        head = replace(head, start=words.bos_id)
+        with torch.device("meta"):
+            model = _built(config, head)
     state = {f"{inner}{key}": value for key, value in converted.state.items()}
     model.load_state_dict(_with_fresh(state, config, head), assign=True)
-    words = _tokenizer(source, form, config, tokenizer) if registry.reads_texts(config) else None
     meta = {"from": {"format": name, "name": source.path.name, "sha256": digest(source.path)}}
     return Loaded(model.eval(), words, config, form.score_rule, meta | {"conversion": converted.report})
 

@@ -110,6 +110,11 @@ def _entails(_: Source) -> HeadConfig:
     return HeadConfig("entailment", classes=entailment.CLASSES)
 
 
+def _writes(source: Source) -> HeadConfig:
+    """Answers that are written; the candidates to choose among are no part of the file."""
+    return HeadConfig("vqa", "answers", source.classes or ("yes", "no"))
+
+
 def _named(source: Source, count: int) -> tuple[str, ...]:
     """Names of ``count`` answers: given, or of the settings beside the weights, else their numbers."""
     labels = (source.settings or {}).get("id2label") or {}
@@ -156,6 +161,17 @@ FORMATS: dict[str, Format] = {
         never=_GROUNDED,
         head=lambda s: _pairs(s) if albef_tasks.pictures(s.weights) == 2 else _entails(s),
     ),
+    "albef-vqa": Format(
+        "ALBEF as released, for VQA",
+        "file",
+        (r"visual_encoder\.", r"text_encoder\.encoder\.", r"text_decoder\.bert\."),
+        lambda s: sizes.albef_config(s.weights),
+        lambda theirs, target, config: albef_tasks.vqa_table(config).convert(theirs, target),
+        "itm",
+        closing=False,
+        never=r"vision_proj\.|text_encoder\.encoder\.layer\.0\.crossattention\.",
+        head=_writes,
+    ),
     "blip": Format(
         "BLIP as released",
         "file",
@@ -165,6 +181,17 @@ FORMATS: dict[str, Format] = {
         "itm+itc",
         special=("[DEC]", "[ENC]"),
         never=r"cls_head\.",
+    ),
+    "blip-vqa": Format(
+        "BLIP as released, for VQA",
+        "file",
+        (r"visual_encoder\.", r"text_encoder\.encoder\.layer\.0\.crossattention\.", r"text_decoder\.bert\."),
+        lambda s: sizes.blip_config(s.weights),
+        lambda theirs, target, config: blip_tasks.vqa_table(config).convert(theirs, target),
+        "itm+itc",
+        special=("[DEC]", "[ENC]"),
+        never=r"vision_proj\.",
+        head=_writes,
     ),
     "blip-nlvr2": Format(
         "BLIP as released, for NLVR2",
@@ -313,6 +340,16 @@ FORMATS: dict[str, Format] = {
         hf_blip.convert,
         "itm",
         special=("[DEC]", "[ENC]"),
+    ),
+    "hf-blip-vqa": Format(
+        "BLIP of transformers, for VQA",
+        "transformers",
+        (_HF_BLIP, r"text_encoder\.", r"text_decoder\."),
+        lambda s: hf_blip.config_from_json(_json(s)),
+        lambda theirs, target, config: hf_blip.vqa_table(config).convert(theirs, target),
+        "itm",
+        special=("[DEC]", "[ENC]"),
+        head=_writes,
     ),
     "hf-blip-backbone": Format(
         "BLIP of transformers without heads",

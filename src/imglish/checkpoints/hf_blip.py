@@ -9,11 +9,12 @@ matched, where the official training and this library have [ENC].
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from imglish.checkpoints import bert
+from imglish.checkpoints import bert, blip_tasks
 from imglish.checkpoints.blip import Parts, text_rules
 from imglish.checkpoints.hf_settings import filled
 from imglish.checkpoints.rules import Converted, Drop, Fresh, Rule, Table
@@ -79,6 +80,12 @@ def config_from_json(given: Mapping[str, Any], **changes: Any) -> BlipConfig:
 def convert(theirs: Mapping[str, Tensor], target: Mapping[str, Tensor], config: BlipConfig) -> Converted:
     """Our state dict, of the names and shapes of ``target``; errors name what does not fit."""
     return table(config, Parts.of(theirs)).convert(theirs, target)
+
+
+def vqa_table(config: BlipConfig) -> Table:
+    """Their name -> ours, of a ``BlipForQuestionAnswering``, which holds the BLIP as ``blip``."""
+    vision = (replace(rule, target=f"blip.{rule.target}") if isinstance(rule, Rule) else rule for rule in _vision())
+    return Table(*vision) + blip_tasks.vqa_table(config)
 
 
 _POOLED = "reads a pooled state that BLIP of the paper has not"

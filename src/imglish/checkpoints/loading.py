@@ -33,23 +33,25 @@ def load_any(
     revision: str | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
+    classes: str | Path | None = None,
 ) -> Loaded:
     """The model called ``name``: a folder that this library wrote, a released file or folder (see
     :mod:`imglish.checkpoints.foreign`), or ``hf:OWNER/NAME`` on the hub.
 
     tokenizer: its file, for released weights without one beside them; revision: branch, tag or commit on the hub;
-    image_size, max_length: see :func:`at_sizes`. Raises :class:`CheckpointError`.
+    image_size, max_length: see :func:`at_sizes`; classes: names of a released task model's answers. Raises
+    :class:`CheckpointError`.
     """
-    return at_sizes(_load(name, tokenizer, revision), image_size, max_length)
+    return at_sizes(_load(name, tokenizer, revision, classes), image_size, max_length)
 
 
-def _load(name: str | Path, tokenizer: str | Path | None, revision: str | None) -> Loaded:
+def _load(name: str | Path, tokenizer: str | Path | None, revision: str | None, classes: str | Path | None) -> Loaded:
     path = from_hub(str(name)[len(HUB) :], revision) if str(name).startswith(HUB) else Path(name)
     if native.is_export(path):
         return native.load(path)
     if not path.exists():
         raise CheckpointError(f"there is no model at {path}; one on the hub is called {HUB}OWNER/NAME")
-    return load_foreign(path, tokenizer)
+    return load_foreign(path, tokenizer, classes)
 
 
 def at_sizes(loaded: Loaded, image_size: int | None = None, max_length: int | None = None) -> Loaded:

@@ -127,9 +127,10 @@ def load(path: str | Path) -> Loaded:
     atomic.recover(path)
     description = _description(path)
     config = _config(path, description)
-    model = registry.build(config)
-    if "head" in description:
-        model = with_head(model, _head(path, description["head"]))
+    with torch.device("meta"):  # nothing is drawn, nothing allocated: the weights become those of the mapped file
+        model = registry.build(config)
+        if "head" in description:
+            model = with_head(model, _head(path, description["head"]))
     try:
         state = load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -153,7 +154,10 @@ def _tokenizer(path: Path, config: Any) -> Tokenizer:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy ``state`` into ``model``; a name or shape that one side lacks is a :class:`CheckpointError`."""
+    """Copy ``state`` into ``model``, or make its tensors the weights of a model on the meta device.
+
+    A name or shape that one side lacks is a :class:`CheckpointError`.
+    """
     mine = model.state_dict()
     problems = []
     if missing := sorted(set(mine) - set(state)):
@@ -172,6 +176,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
             f"{source} does not fit {type(model).__name__} of this configuration; " + "; ".join(problems)
         )
     with torch.no_grad():
+        if any(value.is_meta for value in mine.values()):
+            model.load_state_dict({name: state[name].to(value.dtype) for name, value in mine.items()}, assign=True)
+            return
         for name, value in mine.items():
             value.copy_(state[name])
 

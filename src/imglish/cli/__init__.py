@@ -16,6 +16,7 @@ COMMANDS = {
     "filter": ("imglish.cli.filter", "choose pairs by their scores, and say why"),
     "bootstrap": ("imglish.cli.bootstrap", "train, caption, score, filter and train again, as one recipe"),
     "convert": ("imglish.cli.convert", "read a released checkpoint and write it as a folder of this library"),
+    "export": ("imglish.cli.export", "write a model in another layout, at another size, or put it on the hub"),
     "models": ("imglish.cli.models", "what can be trained, and which public checkpoints can be loaded"),
     "index": ("imglish.cli.index", "make an index of pictures for searching, and bring it up to date"),
     "search": ("imglish.cli.search", "find pictures in an index by words, by a picture, or by both"),

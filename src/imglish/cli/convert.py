@@ -27,13 +27,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--tokenizer", help="its file, where none lies beside the weights")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--classes", help="JSON file with the names of a task's answers (a list, or name: number)")
     arguments = parser.parse_args(argv)
 
     from imglish.checkpoints.loading import load_any
     from imglish.checkpoints.native import CheckpointError, export
 
     try:
-        loaded = load_any(arguments.source, arguments.tokenizer, arguments.revision)
+        loaded = load_any(arguments.source, arguments.tokenizer, arguments.revision, classes=arguments.classes)
         written = export(arguments.out, loaded.model, loaded.words, loaded.meta, loaded.score_rule)
     except CheckpointError as error:
         print(f"imglish convert: {error}", file=sys.stderr)
