@@ -119,5 +119,25 @@ def test_evaluation(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image") >= 15  # at random, best and worst
     assert "Furthest from the references" in page
+    judged = ["--judge", str(folder / "clip-tiny"), "--limit", "3", "--out", str(tmp_path / "z")]
+    assert main([*command, *judged]) == 0
+    assert "CLIPScore" in capsys.readouterr().out
+    by_towers = json.loads((tmp_path / "z" / "captioning.json").read_text())["metrics"]
+    assert set(by_towers) == {*held["metrics"], "clip_score"}
+    model = imglish.load(folder / "clip-tiny", "cpu")
+    written = [
+        json.loads(line)["captions"][0] for line in (tmp_path / "z" / "predictions.jsonl").read_text().splitlines()
+    ]
+    photos = [folder / "photos" / f"{i}.png" for i in range(3)]
+    cosine = (model.encode_images(photos) * model.encode_texts(written)).sum(1).clamp(min=0).mean()
+    assert by_towers["clip_score"] == pytest.approx(250 * float(cosine), rel=1e-4)
+    judged[1] = str(folder / "blip-tiny")
+    assert main([*command, *judged]) == 0
+    by_both = json.loads((tmp_path / "z" / "captioning.json").read_text())["metrics"]
+    match = imglish.load(folder / "blip-tiny", "cpu").match(photos, written).diagonal().mean()
+    assert by_both["match"] == pytest.approx(100 * float(match), rel=1e-4)
+    capsys.readouterr()
+    assert main([*command, "--java", "spicy"]) == 2
+    assert "choose of meteor, spice" in capsys.readouterr().err
     assert main([*command[:3], str(folder / "clip-tiny"), *command[4:], "--out", str(tmp_path / "y")]) == 2
     assert "Families that do" in capsys.readouterr().err

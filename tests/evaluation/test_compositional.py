@@ -33,6 +33,7 @@ SUITES: dict[str, Any] = {
     "winoground.jsonl": [
         {"id": 0, "image_0": "a", "image_1": "b", "caption_0": "w1", "caption_1": "w2", "collapsed_tag": "Object"}
     ],
+    "wapped.json": [{"image_1": "a.png", "image_2": "b.png", "caption_1": "w1", "caption_2": "w2"}],
     "cola.json": [["http://host/a.png", "w1", "http://host/b.png", "w2"]],
 }
 GROUPS = {
@@ -41,6 +42,7 @@ GROUPS = {
     "relation.json": "on",
     "attribution.json": "red_old",
     "winoground.jsonl": "Object",
+    "wapped.json": "colorswap",
     "cola.json": "cola",
 }
 

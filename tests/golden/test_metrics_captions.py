@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
 
 from imglish.evaluation.caption_metrics import CaptionScores, caption_scores
+from imglish.evaluation.java_metrics import java_scores
 from imglish.evaluation.ptb import tokenized
 from tests.golden.support import golden_root
 
@@ -48,6 +50,18 @@ def test_own_tokens(one: dict[str, Any]) -> None:
             for i in one["inputs"]
         ]
         assert scores(raw).corpus["cider"] == pytest.approx(one["corpus"]["CIDEr"], abs=0.02)
+
+
+@pytest.mark.parametrize("one", [one for one in SETS if "METEOR" in one["corpus"]], ids=lambda one: one["name"])
+def test_meteor(one: dict[str, Any]) -> None:
+    """By the extra ``captions`` and Java, from strings tokenized by the reference."""
+    pytest.importorskip("pycocoevalcap", reason="the extra captions is not installed")
+    if shutil.which("java") is None:
+        pytest.skip("Java is not installed")
+    items = one["tokenized"]
+    corpus, each = java_scores("meteor", [item["hypothesis"] for item in items], [item["references"] for item in items])
+    assert corpus == pytest.approx(one["corpus"]["METEOR"], abs=1e-6)
+    assert each == pytest.approx([item["METEOR"] for item in one["per_item"]], abs=1e-6)
 
 
 def test_there_are_sets() -> None:

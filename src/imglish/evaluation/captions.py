@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import nn
 from imglish.data.errors import Errors, Problem
 from imglish.data.pictures import Picture
 from imglish.data.records import Record
-from imglish.evaluation.caption_metrics import NAMES, caption_scores
+from imglish.evaluation.caption_metrics import caption_scores
 from imglish.evaluation.encoding import Machine, device_of, picture_loader
+from imglish.evaluation.java_metrics import JavaMetric, java_scores
+from imglish.evaluation.judging import Judge
 from imglish.evaluation.ptb import tokenized
 from imglish.evaluation.retrieval import merge_pictures, text_table
-from imglish.evaluation.sharing import blocks, mine
+from imglish.evaluation.sharing import blocks, mine, on_first
 from imglish.evaluation.unreadable import without
 from imglish.generation.config import CAPTIONS, GenerationConfig
 from imglish.generation.engine import Vocabulary
@@ -28,22 +31,24 @@ from imglish.models.capabilities import Captions, require
 from imglish.objectives.gather import rank, world_size
 
 TITLES = {"bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L"}
-TITLES |= {"cider": "CIDEr-D"}
+TITLES |= {"cider": "CIDEr-D", "meteor": "METEOR", "spice": "SPICE", "clip_score": "CLIPScore", "match": "match"}
 
 
 @dataclass(frozen=True)
 class CaptioningConfig:
     """generation: how captions are written (the first of several is scored); prompt: what they begin with (None: as
-    the model was trained); machine: how it is computed, in blocks of ``image_block`` pictures."""
+    the model was trained); machine: how it is computed, in blocks of ``image_block`` pictures; java: further metrics
+    (see :mod:`imglish.evaluation.java_metrics`)."""
 
     generation: GenerationConfig = CAPTIONS
     prompt: str | None = None
     machine: Machine = field(default_factory=lambda: Machine(image_block=16))
+    java: tuple[JavaMetric, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A caption beside its references, with its scores as :data:`imglish.evaluation.caption_metrics.NAMES`."""
+    """A caption beside its references, with its scores by the names of :data:`TITLES`."""
 
     key: str
     caption: str
@@ -77,7 +82,7 @@ class CaptioningResult:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """The table as headers and one row of text."""
-        return [TITLES[name] for name in NAMES], [[f"{self.metrics[name]:.1f}" for name in NAMES]]
+        return [TITLES[name] for name in self.metrics], [[f"{value:.1f}" for value in self.metrics.values()]]
 
     def text(self) -> str:
         """Table and facts for a terminal."""
@@ -100,12 +105,14 @@ def evaluate_captioning(
     load: Callable[[Record], Picture] | None = None,
     predictions: Path | None = None,
     errors: Errors | None = None,
+    judge: Judge | None = None,
 ) -> CaptioningResult:
     """Caption the pictures of ``records`` and compare with their captions; under ``torchrun`` all ranks share the work.
 
     load: gives a record's picture in the form that the model takes (default: as its ``config.image`` says);
     predictions: a JSONL file that receives each caption as soon as it is written (one file a rank, numbered after the
-    first). The model is evaluated as ``eval()`` and put back. Pictures that cannot be read are left out and counted in
+    first); judge: a model that says how well captions fit their pictures, whatever the references say. The model is
+    evaluated as ``eval()`` and put back. Pictures that cannot be read are left out and counted in
     ``errors`` (default: a log, 1 % at most). Raises ``MissingCapabilityError`` for a model that writes no captions and
     ``ImageError`` for too many unreadable pictures.
     """
@@ -127,17 +134,19 @@ def evaluate_captioning(
         pictures = without(pictures, lost, Errors() if errors is None else errors)
     captions = [written[record.key] for record in pictures]
     sides = [references[record.image_id] for record in pictures]
-    scores = caption_scores(
-        [tokenized(one["caption"]) for one in captions], [[tokenized(text) for text in side] for side in sides]
-    )
+    corpus, items = _scores(captions, sides, config.java)
+    if judge is not None:
+        for name, values in judge.scores(pictures, [one["caption"] for one in captions], config.machine).items():
+            corpus[name] = sum(values) / len(values)
+            items = [item | {name: value} for item, value in zip(items, values, strict=True)]
     found = [
         Prediction(record.key, one["caption"], one["score"], side, item)
-        for record, one, side, item in zip(pictures, captions, sides, scores.items)
+        for record, one, side, item in zip(pictures, captions, sides, items)
     ]
     return CaptioningResult(
         images=len(pictures),
         references=sum(map(len, sides)),
-        metrics={name: 100 * value for name, value in scores.corpus.items()},
+        metrics={name: 100 * value for name, value in corpus.items()},
         words=sum(len(one.caption.split()) for one in found) / len(found),
         distinct=len({one.caption for one in found}),
         unfinished=sum(not one["ended"] for one in captions),
@@ -145,6 +154,20 @@ def evaluate_captioning(
         seconds=time.perf_counter() - began,
         predictions=tuple(found),
     )
+
+
+def _scores(
+    captions: Sequence[dict[str, Any]], sides: Sequence[tuple[str, ...]], java: Sequence[JavaMetric]
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Of the set and of each caption; the programs in Java run on rank 0 alone."""
+    written = [tokenized(one["caption"]) for one in captions]
+    references = [[tokenized(text) for text in side] for side in sides]
+    scores = caption_scores(written, references)
+    corpus, items = dict(scores.corpus), [dict(item) for item in scores.items]
+    for metric in java:
+        corpus[metric], each = on_first(partial(java_scores, metric, written, references))
+        items = [item | {metric: value} for item, value in zip(items, each, strict=True)]
+    return corpus, items
 
 
 def _references(records: Sequence[Record]) -> dict[int, tuple[str, ...]]:

@@ -1,7 +1,8 @@
 """Suites of compositional understanding: captions that differ in who has what, which relation, which attribute.
 
 Two kinds of items. A pair: one picture, a true and a false caption (SugarCrepe, Hsieh et al. 2023; ARO, Yuksekgonul et
-al. 2023). A quadruple: two pictures, two captions (Winoground, Thrush et al. 2022; COLA, Ray et al. 2023).
+al. 2023). A quadruple: two pictures, two captions (Winoground, Thrush et al. 2022; COLA, Ray et al. 2023; ColorSwap,
+Burapacheep et al. 2024).
 """
 
 from __future__ import annotations
@@ -95,10 +96,11 @@ def _item(entry: Any, place: str, stem: str, images: Path) -> Item:
         return Item(place, "cola", tuple((images / Path(name).name, None) for name in (first, second)), (one, other))
     if not isinstance(entry, Mapping):
         raise TypeError(f"{type(entry).__name__} in place of an object or a list")
-    if "caption_0" in entry:  # Winoground
-        names = [_winoground_picture(_text(entry[f"image_{i}"]), images) for i in (0, 1)]
-        captions = (_text(entry["caption_0"]), _text(entry["caption_1"]))
-        group = str(entry.get("collapsed_tag", "winoground"))
+    if "caption_0" in entry or "caption_2" in entry:  # Winoground counts from 0, ColorSwap from 1
+        suite, both = ("winoground", (0, 1)) if "caption_0" in entry else ("colorswap", (1, 2))
+        names = [_winoground_picture(_text(entry[f"image_{i}"]), images) for i in both]
+        captions = (_text(entry[f"caption_{both[0]}"]), _text(entry[f"caption_{both[1]}"]))
+        group = str(entry.get("collapsed_tag", suite))
         return Item(place, group, tuple((name, None) for name in names), captions)
     if "true_caption" in entry:  # ARO: a box of the picture is shown
         crop = None

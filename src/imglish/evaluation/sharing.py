@@ -6,13 +6,16 @@ broadcast or as a sum with zeros: one process and eight give the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from imglish.objectives.gather import rank, world_size
+
+Result = TypeVar("Result")
 
 
 def blocks(total: int, size: int) -> list[range]:
@@ -56,6 +59,23 @@ def from_first(value: Tensor) -> Tensor:
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def on_first(work: Callable[[], Result]) -> Result:
+    """What ``work`` gives, done on rank 0 alone, on every rank; a ``ValueError`` is raised on all."""
+    if world_size() == 1:
+        return work()
+    held: list[Any] = [None]
+    if rank() == 0:
+        try:
+            held = [work()]
+        except ValueError as error:
+            held = [error]
+    dist.broadcast_object_list(held, src=0)
+    if isinstance(held[0], ValueError):
+        raise held[0]
+    found: Result = held[0]
+    return found
 
 
 def _for_transport(x: Tensor) -> Tensor:
