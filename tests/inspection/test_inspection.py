@@ -290,6 +290,10 @@ def test_what_there_is_not_is_left_out(messy: Path, capsys: pytest.CaptureFixtur
     assert main(["data", "inspect", str(messy / "nothing.jsonl"), "--out", str(messy / "n")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not (messy / "n").exists()
+    (messy / "odd.jsonl").write_text('{"en": "a dog", "de": "ein Hund"}')
+    assert main(["data", "inspect", str(messy / "odd.jsonl"), "--out", str(messy / "n")]) == 2
+    assert "no picture path in one of the usual fields (fields: en, de)" in capsys.readouterr().err
+    assert main(["data", "inspect", str(messy / "odd.jsonl"), "--out", str(messy / "n"), "--captions", "en,de"]) == 0
 
 
 def test_splits_of_tars_need_one_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,7 +334,9 @@ def test_parts_of_a_mixture_are_compared(messy: Path, capsys: pytest.CaptureFixt
     held = json.loads((messy / "o" / "survey.json").read_text())
     (shared,) = held["shared"]
     assert (shared["bytes"], shared["captions"], shared["parts_of_a_mixture"]) == (1, 0, True)
-    assert "captions of the one count as wrong for the other" in (messy / "o" / "report.html").read_text(encoding="utf-8")
+    assert "captions of the one count as wrong for the other" in (messy / "o" / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_rows_with_several_pictures_are_looked_at_apart(messy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def read_captions(
             lengths.append(len(said))
             counts.update(said)
             languages[language_of(caption)] += 1
-            text = hash(" ".join(_SAID.findall(caption.lower())))
+            text = hash(" ".join(_SAID.findall(caption.lower())) or caption)
             hashes.append(text)
             if text not in own:
                 own.add(text)

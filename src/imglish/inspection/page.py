@@ -111,7 +111,7 @@ def findings(survey: Survey) -> list[tuple[str, bool]]:
             found.append((f"{seen.name}: captions of a suspicious length: {strange}", False))
         if seen.captions.repeated and seen.captions.repeated[0][1] > max(10, 0.01 * len(seen.captions.per_picture)):
             text, count = seen.captions.repeated[0]
-            what = "pictures have" if seen.portion.texts is None else "rows have"
+            what = "pictures have" if seen.pictures is not None and seen.portion.texts is None else "rows have"
             found.append((f'{seen.name}: {count:,} {what} the caption "{shortened(text, 60)}"', True))
         if seen.pictures is not None and seen.looked < len(seen.portion.records):
             share = f"{seen.looked:,} of {len(seen.portion.records):,} pictures"

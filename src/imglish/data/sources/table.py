@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imglish.data.errors import DataError, Errors, Problem
+from imglish.data.errors import DataError, Errors, Problem, printable
 from imglish.data.records import Record
 from imglish.data.sources.base import Source
 from imglish.data.sources.columns import Texts, TextsBuilder, numbers, runs
@@ -150,7 +150,9 @@ class Collector:
     def _nothing(self) -> str:
         if self.config.split is not None and self.fields.splits:
             return f'no row has split "{self.config.split}" (there are: {", ".join(sorted(self.fields.splits))})'
-        return f"no records ({self.errors.summary()})" if len(self.errors) else "no rows"
+        if not len(self.errors):
+            return "no rows"
+        return f"no records ({self.errors.summary()}); for example {printable(self.errors.named[0].message)}"
 
 
 def _captions_of(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from imglish import atomic
-from imglish.data.errors import DataError, Errors, Problem
+from imglish.data.errors import DataError, Errors, Problem, printable
 from imglish.data.records import Record
 from imglish.data.sources.base import Source
 from imglish.data.sources.columns import ColumnsError, Texts, map_columns, numbers, runs, write_columns
@@ -54,7 +54,8 @@ def open_tars(config: SourceConfig, errors: Errors) -> TarSource:
     errors.extend(source.problems())
     errors.check(source.rows, source.rows)
     if not len(source):
-        raise DataError(f"{config.path}: no records ({errors.summary()})")
+        example = printable(errors.named[0].message)
+        raise DataError(f"{config.path}: no records ({errors.summary()}); for example {example}")
     return source
 
 
