@@ -28,7 +28,7 @@ from imglish.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from imglish.generation.config import GenerationConfig
 from imglish.training.stages import Stage as Training
 
-STEPS = 300
+STEPS = 200
 WEB, CLEAN, TESTED = 2000, 400, 100  # pictures with noisy and with clean captions; tested pairs of pictures
 ARMS = {"raw": "noisy", "filter only": "by-filter", "captioner only": "by-captioner", "both": "by-both"}
 PARTS = {
