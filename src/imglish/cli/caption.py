@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from imglish.cli.source_options import add_source_options, source_config
-from imglish.cli.workers import add_worker_options, device_of, failures, is_stage_folder, said, worker_of
+from imglish.cli.workers import add_worker_options, device_of, failures, is_stage_folder, on_ray, said, worker_of
 from imglish.cli.writing import add_options, generation_config
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def main(argv: Sequence[str]) -> int:
     from imglish.models.capabilities import MissingCapabilityError
 
     try:
-        return _shards(arguments) if is_stage_folder(arguments.out) else _caption(arguments)
+        if not is_stage_folder(arguments.out):
+            return _caption(arguments)
+        return _shards(arguments) if arguments.ray is None else on_ray("caption", argv, arguments.ray)
     except (CheckpointError, MissingCapabilityError, ValueError) as error:
         print(f"imglish caption: {error}", file=sys.stderr)
         return 2

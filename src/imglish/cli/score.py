@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imglish.cli.source_options import add_source_options, source_config
-from imglish.cli.workers import add_worker_options, device_of, failures, said, worker_of
+from imglish.cli.workers import add_worker_options, device_of, failures, on_ray, said, worker_of
 
 DESCRIPTION = """\
 Score the captions of a source, and those that `imglish caption` wrote: the matching probability (ITM) of the fusion
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     from imglish.models.capabilities import MissingCapabilityError
 
     try:
-        return _score(arguments)
+        return _score(arguments) if arguments.ray is None else on_ray("score", argv, arguments.ray)
     except (CheckpointError, MissingCapabilityError, ValueError, TypeError) as error:
         print(f"imglish score: {error}", file=sys.stderr)
         return 2
