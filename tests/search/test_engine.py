@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import imglish.search
 from imglish.cli.search import NO_MATCH, main
@@ -22,6 +26,7 @@ from imglish.search.engine import Index
 from imglish.search.filters import FilterError
 from imglish.search.indexing import IndexConfig, index_records, prepare
 from imglish.search.manifest import Calibration, ManifestError, dimension_of
+from imglish.search.query import Query
 from imglish.search.store import open_store
 from imglish.search.tokens import pack, unpack
 from tests.search.samples import TEXTS, export_model, load_model, picture, write_pictures
@@ -68,7 +73,7 @@ def index(made: tuple[Path, Path, Path]) -> Index:
 def test_recall_equals_that_of_the_evaluation(made: tuple[Path, Path, Path], rerank: int) -> None:
     records = open_source(str(made[0]))
     model = load_model(made[1])
-    config = RetrievalConfig(rerank=rerank, ks=(1, 5, 10), machine=MACHINE)
+    config = RetrievalConfig(rerank=rerank, ks=(1, 5, 10), score_rule="itm_probability", machine=MACHINE)
     expected = evaluate_retrieval(model.network, model.tokenizer, records, config)
     lists = expected.reranked_lists if rerank else expected.tower_lists
     assert lists is not None
@@ -98,6 +103,70 @@ def test_the_reranked_stand_first_and_say_how_they_moved(index: Index) -> None:
         assert hit.match == pytest.approx(chance, abs=0.05)  # from thumbnails
     pages = [index.search(TEXTS[0], k=4, rerank=6, offset=offset).hits for offset in (0, 4, 8)]
     assert [hit.key for page in pages for hit in page] == [hit.key for hit in fused.hits]
+
+
+def test_many_queries_are_answered_as_single_ones(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = [
+        Query(TEXTS[0], k=5, rerank=4),
+        Query(TEXTS[1], k=3, offset=4, rerank=0),
+        Query(TEXTS[2], k=4, where="path starts 'b/'", rerank=4),
+        Query(TEXTS[3], not_text=TEXTS[0], k=4, rerank=4, min_match=0.01),
+        Query(image=picture(4), k=4),
+        Query(TEXTS[4], image=picture(5), k=4, rerank=6),
+        Query(TEXTS[0], k=5, rerank=0, min_match=0.5),
+    ]
+    alone = [Index(index.store, index.manifest, index.model).search_many([query])[0] for query in queries]
+    passes, read = [], []
+    search, texts = index.store.search, index.model.read_texts
+    monkeypatch.setattr(index.store, "search", lambda *given: passes.append(len(given[0])) or search(*given))
+    monkeypatch.setattr(index.model, "read_texts", lambda *given: read.append(len(given[0])) or texts(*given))
+    together = Index(index.store, index.manifest, index.model).search_many(queries)
+    assert sorted(passes) == [1, 6]  # one for each filter
+    assert read == [5]
+    for one, other in zip(alone, together, strict=True):
+        assert [hit.key for hit in one.hits] == [hit.key for hit in other.hits]
+        assert (one.total, one.more, one.reranked, one.notes) == (other.total, other.more, other.reranked, other.notes)
+        for a, b in zip(one.hits, other.hits):
+            assert (a.match, a.excluded, a.cosine) == pytest.approx((b.match, b.excluded, b.cosine), abs=1e-5)
+    assert "min_match needs reranking" in together[-1].notes[0]
+    assert index.search_many([]) == []
+
+
+@pytest.mark.parametrize("rule", ["itm", "itm+itc", "itm_probability"])
+def test_what_stands_higher_never_shows_a_smaller_match(
+    index: Index, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    monkeypatch.setattr(index.model, "score_rule", rule)
+    fresh = Index(index.store, index.manifest, index.model)
+    for text in TEXTS:
+        for not_text in (None, "a green cat"):
+            hits = fresh.search(text, not_text=not_text, k=20, rerank=20).hits
+            shown = [hit.match for hit in hits]
+            assert shown == sorted(shown, reverse=True)
+            if not_text is not None:
+                plain = {hit.key: hit.match for hit in fresh.search(text, k=COUNT, rerank=COUNT).hits}
+                for hit in hits:
+                    assert hit.match == pytest.approx(plain[hit.key] * (1 - hit.excluded), abs=1e-5)
+
+
+def test_words_that_the_model_does_not_know_are_named(index: Index) -> None:
+    found = index.search("ein 雪地 dog", not_text="a cat", rerank=3)
+    assert [note for note in found.notes if "vocabulary" in note] == [
+        "the model's vocabulary does not have 3 parts of the text: ein 雪地 dog"
+    ]
+    assert index.search(TEXTS[0], rerank=3).notes == ()
+
+
+def test_words_are_found_in_a_picture_of_the_index(index: Index) -> None:
+    explained, box = index.explain("a/0004.png", TEXTS[0])
+    assert box == (0, 0, 1, 1)
+    assert " ".join(explained.words) == TEXTS[0]
+    side = index.model.config.vision.image.size // index.model.config.vision.patch
+    assert explained.maps.shape == (len(explained.words), side, side)
+    [match] = [hit.match for hit in index.search(TEXTS[0], k=COUNT, rerank=COUNT).hits if hit.key == "a/0004.png"]
+    assert explained.score == pytest.approx(match, abs=1e-5)
+    with pytest.raises(KeyError):
+        index.explain("nobody", "a dog")
 
 
 def test_pictures_are_projected_once_in_one_call(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +301,12 @@ def test_a_calibration_is_kept_with_the_index(made: tuple[Path, Path, Path], tmp
     assert [hit.match for hit in again.hits] != [hit.match for hit in before.hits]
 
 
-def test_the_command(made: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    made: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     where = str(made[2])
     assert main([where, TEXTS[0], "-k", "3", "--device", "cpu", "--html", str(tmp_path / "sheet.html")]) == 0
     out = capsys.readouterr().out
@@ -244,6 +318,15 @@ def test_the_command(made: tuple[Path, Path, Path], tmp_path: Path, capsys: pyte
     assert found["hits"][0]["match"] is None
     assert main([where, TEXTS[0], "--min-match", "1", "--device", "cpu"]) == NO_MATCH
     assert "no good match" in capsys.readouterr().out
+    assert main([where, TEXTS[0], "-k", "7", "--device", "cpu", "--pictures", "iterm2"]) == 0
+    strip = base64.b64decode(capsys.readouterr().out.rpartition("File=inline=1;size=")[2].split(":")[1].split("\a")[0])
+    assert Image.open(io.BytesIO(strip)).size == (5 * 154, 2 * 154)
+    monkeypatch.setenv("TERM", "xterm-kitty")
+    monkeypatch.delenv("TMUX", raising=False)
+    for terminal in (True, False):  # never into a pipe
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        assert main([where, TEXTS[0], "-k", "2", "--device", "cpu"]) == 0
+        assert ("\x1b_G" in capsys.readouterr().out) == terminal
     assert main([where, TEXTS[0], "--where", "x = 1"]) == 2
     assert main([where]) == 2
     assert main([str(tmp_path / "nowhere"), "a"]) == 1

@@ -8,13 +8,19 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
+from imglish.checkpoints import native
 from imglish.cli.index import main
 from imglish.data.errors import DataError, Errors
 from imglish.data.sources import open_source
@@ -24,6 +30,7 @@ from imglish.search.indexing import IndexConfig, Summary, index_records, prepare
 from imglish.search.manifest import ManifestError, dimension_of
 from imglish.search.originals import read_original
 from imglish.search.store import COLUMNS, Row, Store, StoreError, open_store
+from tests.ranks import run_ranks
 from tests.search.samples import export_model, load_model, picture, rows, write_pictures
 
 QUIET = IndexConfig(batch=4, commit=8, thumbnail=32, decoders=2, progress=False)
@@ -162,6 +169,36 @@ def test_a_disk_that_refuses_leaves_the_index_as_it_was(tmp_path: Path) -> None:
     assert again.count() == 20
 
 
+def test_a_full_disk_is_named_and_what_was_committed_stays(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk, photos = tmp_path / "disk", tmp_path / "photos"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        photos.mkdir()
+        noise = np.random.default_rng(0)
+        for number in range(40):  # thumbnails of about 60 kB each
+            Image.fromarray(noise.integers(0, 255, (256, 256, 3), dtype=np.uint8)).save(photos / f"{number:02d}.png")
+        index = ["--to", str(disk / "index"), "--model", str(model_folder), "--device", "cpu"]
+        assert main([str(photos), *index, "--batch", "2", "--commit", "4"]) == 1
+        said = capsys.readouterr().err
+        assert f"{disk / 'index'}: the disk is full" in said
+        assert "goes on from there" in said
+        held = _all(open_store(str(disk / "index")))
+        assert 0 < len(held) < 40
+        assert len(held) % 4 == 0
+        assert all(row.thumbnail for row in held.values())
+        subprocess.run([*mount[:4], "remount,size=64m", *mount[5:]], check=True, capture_output=True)
+        assert main([str(photos), *index]) == 0
+        assert f"{40 - len(held)} new" in capsys.readouterr().out
+        assert len(_all(open_store(str(disk / "index")))) == 40
+    finally:
+        subprocess.run(["umount", str(disk)], check=False, capture_output=True)
+
+
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "index"), 16)
     store.upsert(rows(0, 10))
@@ -206,6 +243,76 @@ def test_kills_at_random_moments(tmp_path: Path, model_folder: Path, kills: int)
     summary, store = _run(photos, index, model_folder)
     assert summary.added == len(names) - survived  # what was committed is not encoded again
     assert set(_all(store)) == set(names)
+
+
+def _holder(index: str, held: Any, done: Any) -> None:
+    with open_store(index).writing():
+        held.set()
+        done.wait(60)
+
+
+def test_a_second_process_is_refused_or_waits(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, index = tmp_path / "photos", tmp_path / "index"
+    write_pictures(photos, 4)
+    _run(photos, index, model_folder)
+    write_pictures(photos, 2, first=4)
+    context = multiprocessing.get_context("forkserver")
+    held, done = context.Event(), context.Event()
+    process = context.Process(target=_holder, args=(str(index), held, done))
+    process.start()
+    assert held.wait(60)
+    run = [str(photos), "--to", str(index), "--device", "cpu"]
+    assert main(run) == 1
+    assert f"is being written to by process {process.pid}" in (said := capsys.readouterr().err)
+    assert "--wait SECONDS" in said
+    assert open_store(str(index)).count() == 4
+    threading.Timer(0.5, done.set).start()
+    assert main([*run, "--wait", "60"]) == 0
+    assert "2 new" in capsys.readouterr().out
+    process.join()
+    held.clear(), done.clear()
+    process = context.Process(target=_holder, args=(str(index), held, done))
+    process.start()
+    assert held.wait(60)
+    process.kill()  # its right ends with it
+    process.join()
+    assert main(run) == 0
+
+
+def _rank(rank: int, photos: str, index: str, model_folder: str) -> int:
+    network = native.load(Path(model_folder)).model
+    encoded = 0
+    encode = type(network).encode_images
+
+    def counted(self: Any, images: Any) -> Any:
+        nonlocal encoded
+        encoded += len(images)
+        return encode(self, images)
+
+    type(network).encode_images = counted  # type: ignore[method-assign]
+    run = [photos, "--to", index, "--model", model_folder, "--device", "cpu", "--batch", "2", "--commit", "2"]
+    assert main(run) == 0
+    dist.barrier()
+    if rank == 0:
+        for name in ("a/0002.png", "b/0001.png"):  # one of each process
+            (Path(photos) / name).write_bytes(b"broken now")
+    dist.barrier()
+    assert main(run) == 0
+    return encoded
+
+
+def test_two_processes_share_the_work_of_one_index(tmp_path: Path, model_folder: Path) -> None:
+    photos, index = tmp_path / "photos", tmp_path / "index"
+    names = write_pictures(photos, 12)
+    (photos / "a/0000-broken.png").write_bytes(b"no picture")
+    encoded = run_ranks(2, _rank, str(photos), str(index), str(model_folder))
+    assert encoded == [6, 6]  # each of its own: every second of the names in their order
+    assert set(_all(open_store(str(index)))) == set(names) - {"a/0002.png", "b/0001.png"}
+    broken = (index / "errors.csv").read_text()
+    for name in ("a/0000-broken.png", "a/0002.png", "b/0001.png"):
+        assert broken.count(f",{name},") == 1
 
 
 def test_a_reader_sees_whole_versions_while_another_process_writes(tmp_path: Path, model_folder: Path) -> None:

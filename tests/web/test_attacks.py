@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,25 @@ def test_urls_are_not_fetched(client: Any) -> None:
     for name in ("image", "url"):
         answer = client.post("/v1/search", data={name: "http://169.254.169.254/latest"})
         assert answer.status_code == 400
+
+
+def test_nothing_is_unpickled_or_run() -> None:
+    """What lies in an index or comes over the network is data; the readers that could run it are not used."""
+    for package in ("imglish.search", "imglish.web"):
+        for file in files(package).iterdir():
+            if file.name.endswith(".py"):
+                text = file.read_text()
+                for danger in (
+                    "pickle",
+                    "torch.load",
+                    "np.load",
+                    "yaml.load",
+                    "eval(",
+                    "exec(",
+                    "subprocess",
+                    "urlopen",
+                ):
+                    assert danger not in text, (file.name, danger)
 
 
 def test_a_large_upload_is_cut_off(index: Index) -> None:

@@ -161,7 +161,7 @@ def _update(arguments: argparse.Namespace, device: str) -> Store:
     store = open_store(arguments.to, manifests.dimension_of(model))
     manifest = prepare(store, model, name, config)
     local = Path(arguments.to) if "://" not in arguments.to and rank() == 0 else None
-    errors: Errors = Errors(arguments.max_errors, local / FILE if local is not None else None)
+    errors: Errors = Errors(arguments.max_errors, local / FILE if local is not None else None, quiet=rank() > 0)
     errors.extend(records.errors.named)
     summary = index_records(store, model, records, _full(arguments.source), manifest, config, errors)
     if rank() == 0:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from imglish.search.engine import Index
     from imglish.search.results import Results
 
 DESCRIPTION = """\
@@ -22,7 +24,8 @@ Find pictures in an index: the towers propose, the fusion tower looks again at t
   imglish search photos.index "a unicorn" --min-match 0.5        says so where there is no good match
   imglish search photos.index "a beach" --html beach.html        a page with the pictures
 
-Prints place, match probability, cosine of the towers, how many places reranking moved it, and the picture's name.
+Prints place, match probability, cosine of the towers, how many places reranking moved it, and the picture's name; in
+terminals of kitty, iTerm2 and others that can show pictures, these too.
 """
 NO_MATCH = 3
 
@@ -51,6 +54,12 @@ def main(argv: Sequence[str]) -> int:
     shown.add_argument("--json", action="store_true", help="print one JSON object")
     shown.add_argument("--paths", action="store_true", help="print names alone, one a line")
     add("--html", type=Path, metavar="FILE", help="also write a page with the pictures")
+    add(
+        "--pictures",
+        choices=("auto", "kitty", "iterm2", "sixel", "none"),
+        default="auto",
+        help="show them below the table (default: in terminals that are known to)",
+    )
     arguments = parser.parse_args(argv)
 
     from imglish.checkpoints.native import CheckpointError
@@ -91,6 +100,7 @@ def _search(arguments: argparse.Namespace) -> int:
         print("".join(f"{hit.key}\n" for hit in results.hits), end="")
     else:
         print(_table(results))
+        _show(arguments.pictures, index, results)
     if arguments.html is not None:
         from imglish.search.sheet import contact_sheet
 
@@ -99,6 +109,16 @@ def _search(arguments: argparse.Namespace) -> int:
         print(f"page: {path.save(arguments.html)}", file=sys.stderr)
     index.close()
     return NO_MATCH if results.no_good_match else 0
+
+
+def _show(how: str, index: Index, results: Results) -> None:
+    from imglish.search.terminal import PROTOCOLS, contact_strip, drawn, protocol_of
+
+    chosen = next((protocol for protocol in PROTOCOLS if protocol == how), None)
+    if how == "auto" and sys.stdout.isatty():
+        chosen = protocol_of(os.environ)
+    if chosen is not None and results.hits:
+        print(drawn(contact_strip(index, results), chosen), end="")
 
 
 def _table(results: Results) -> str:

@@ -122,7 +122,7 @@ class Index:
                     reranked=len(ranking.order),
                     calibrated=bool(ranking.order) and self.manifest.calibration is not None,
                     no_good_match=asked and not ignored and not line,
-                    notes=(*ignored, *ranking.notes),
+                    notes=(*ignored, *self._unknown(query), *ranking.notes),
                     seconds=clock.seconds,
                 )
             )
@@ -188,6 +188,17 @@ class Index:
                 held[text] = one
                 self._texts.put(text, one)
         return {text: one for text, one in held.items() if one is not None}
+
+    def _unknown(self, query: Query) -> list[str]:
+        """A note for each text with words that the model's vocabulary does not have, as those of another language."""
+        tokenizer, notes = self.model.tokenizer, []
+        unknown = tokenizer.token("unk")
+        if unknown is None or unknown == tokenizer.token("eos"):  # made of bytes: it has everything
+            return []
+        for text in query.texts:
+            if many := tokenizer.encode([text])[0].count(tokenizer.id_of(unknown)):
+                notes.append(f"the model's vocabulary does not have {many} parts of the text: {text}")
+        return notes
 
     def _vectors(self, queries: Sequence[Query], texts: Mapping[str, EncodedTexts]) -> np.ndarray:
         """The queries of the towers ``(Q, E)`` float32."""

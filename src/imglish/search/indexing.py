@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from imglish.api import Model
@@ -133,7 +132,7 @@ def index_records(
         began = time.perf_counter()
         job.run()
         _together()
-        summary = _added_up(job.summary)
+        summary = _reported(job)
         if rank() == 0:
             summary.deleted = job.clean()
             if config.duplicates and (summary.added or summary.changed or summary.deleted):
@@ -304,13 +303,16 @@ def _together() -> None:
         dist.barrier()
 
 
-def _added_up(summary: Summary) -> Summary:
-    """The sums over the ranks."""
+def _reported(job: _Job) -> Summary:
+    """The sums over the ranks; rank 0 learns what the others could not read, and which rows are lost for it."""
     if world_size() == 1:
-        return summary
-    names = ("added", "changed", "unchanged", "copied", "broken")
-    numbers = torch.tensor([getattr(summary, name) for name in names], dtype=torch.int64)
+        return job.summary
     everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, numbers)
-    total: Tensor = torch.stack(everyone).sum(0)
-    return replace(summary, **dict(zip(names, total.tolist())))
+    dist.all_gather_object(everyone, (job.summary, job.errors.named, job.lost))
+    if rank() == 0:
+        for _, problems, lost in everyone:
+            job.errors.extend(problems)
+            job.lost |= lost
+    names = ("added", "changed", "unchanged", "copied", "broken")
+    total = {name: sum(getattr(summary, name) for summary, _, _ in everyone) for name in names}
+    return replace(job.summary, **total)

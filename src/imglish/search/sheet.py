@@ -19,10 +19,10 @@ def contact_sheet(index: Index, results: Results, query: Mapping[str, str]) -> R
     report = Report("Search", index.store.url).facts({**query, "pictures": results.total})
     if results.no_good_match:
         return report.verdict("No good match.")
-    return report.pictures([Shown(_picture(index, hit.key), _below(hit)) for hit in results.hits], side=SIDE)
+    return report.pictures([Shown(picture(index, hit.key), _below(hit)) for hit in results.hits], side=SIDE)
 
 
-def _picture(index: Index, key: str) -> Image.Image:
+def picture(index: Index, key: str) -> Image.Image:
     """Its thumbnail, or its original; grey where neither can be read."""
     try:
         return decode(index.thumbnail(key) or index.original(key), SIDE, name=key)
