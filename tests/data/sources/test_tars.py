@@ -204,3 +204,9 @@ def test_many_shards_are_indexed_by_several_processes(tmp_path: Path) -> None:
     found = open_source(folder)
     assert [record.key for record in found][::3] == [f"{i:05d}.tar/{i:05d}0000" for i in range(9)]
     assert isinstance(found.errors, Errors)
+
+
+def test_a_split_that_no_sample_has_is_named(tmp_path: Path) -> None:
+    path = layouts.tars(tmp_path / "d")
+    with pytest.raises(DataError, match="none of 6 samples is of split 'val'"):
+        open_source(path, split="val")

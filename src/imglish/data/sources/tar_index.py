@@ -54,6 +54,9 @@ def open_tars(config: SourceConfig, errors: Errors) -> TarSource:
     errors.extend(source.problems())
     errors.check(source.rows, source.rows)
     if not len(source):
+        if not errors.named:
+            asked = f"split {config.split!r}" + (f", language {config.language!r}" if config.language else "")
+            raise DataError(f"{config.path}: none of {source.rows} samples is of {asked}")
         example = printable(errors.named[0].message)
         raise DataError(f"{config.path}: no records ({errors.summary()}); for example {example}")
     return source
