@@ -26,6 +26,7 @@ from imglish.search.engine import Index
 from imglish.search.filters import FilterError
 from imglish.search.indexing import IndexConfig, index_records, prepare
 from imglish.search.manifest import Calibration, ManifestError, dimension_of
+from imglish.search.qdrant import QdrantStore
 from imglish.search.query import Query
 from imglish.search.store import open_store
 from imglish.search.tokens import pack, unpack
@@ -222,6 +223,27 @@ def test_filters_negative_words_and_a_picture(index: Index) -> None:
     near = index.similar("b/0007.png", k=4)
     assert "b/0007.png" not in [hit.key for hit in near.hits]
     assert len(near.hits) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Local mode performs exact")
+def test_another_store_gives_the_same_answers(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    qdrant = pytest.importorskip("qdrant_client", reason="needs the extra qdrant")
+    photos, folder, where = made
+    model, config = load_model(folder), IndexConfig(progress=False, thumbnail=64)
+    client = qdrant.QdrantClient(path=str(tmp_path))
+    store = QdrantStore.open("qdrant+http://localhost:6333/photos", dimension_of(model), client)
+    manifest = prepare(store, model, str(folder), config)
+    summary = index_records(store, model, open_source(str(photos), needs="pictures"), str(photos), manifest, config)
+    assert (summary.added, summary.rows) == (COUNT, COUNT)
+    assert manifests.read(store) == manifest
+    one, other = Index(store, manifest, model), imglish.search.open(where, model)
+    queries = [Query(TEXTS[0], k=8, rerank=5), Query(image=picture(3), k=5, where="path starts 'b/' and width > 1")]
+    for here, there in zip(one.search_many(queries), other.search_many(queries), strict=True):
+        assert [hit.key for hit in here.hits] == [hit.key for hit in there.hits]
+        assert [hit.captions for hit in here.hits] == [hit.captions for hit in there.hits]
+        assert (here.total, here.more) == (there.total, there.more)
+    again = index_records(store, model, open_source(str(photos), needs="pictures"), str(photos), manifest, config)
+    assert (again.added, again.unchanged) == (0, COUNT)
 
 
 def test_no_good_match_is_an_answer(index: Index) -> None:
