@@ -17,7 +17,7 @@ from imglish.api import Model
 from imglish.bootstrapping.loop import Step, loop_from, run_loop
 from imglish.bootstrapping.quality import quality
 from imglish.bootstrapping.stage import Stage
-from imglish.data.images import ImageTransform
+from imglish.data.images import ImageTransform, decode
 from imglish.data.scene_folder import write_scenes
 from imglish.data.scene_noise import CaptionNoise
 from imglish.data.scene_world import COLOURS, GARMENTS, Scene
@@ -165,14 +165,16 @@ def measure(model: Model, records: Sequence[Any], shown: Sequence[Scene]) -> dic
     (other); share of greedy captions that are true, and how many things they name."""
     machine = Machine(progress=False)
     load = picture_loader(ImageTransform(model.config.image.size))
-    found = evaluate_retrieval(model.network, model.tokenizer, records, RetrievalConfig(machine=machine), load)
+    found = evaluate_retrieval(
+        model.network, model.tokenizer, records, RetrievalConfig(rerank=0, machine=machine), load
+    )
     count = torch.arange(len(records))
     pairs = torch.stack([count, count ^ 1, (count + len(records) // 2) % len(records)])
     captions = [record.captions[0] for record in records]
     scored = score_pairs(
         model.network,
         model.tokenizer,
-        [record.image for record in records],
+        records,
         captions,
         count.expand_as(pairs),
         pairs,
@@ -181,7 +183,8 @@ def measure(model: Model, records: Sequence[Any], shown: Sequence[Scene]) -> dic
     )
     assert scored.fusion is not None
     right, swapped, other = scored.fusion.double().numpy()
-    stream = model.caption_stream([record.image for record in records], GenerationConfig(min_length=5), block=64)
+    drawn = [decode(record.image, name=record.key) for record in records]
+    stream = model.caption_stream(drawn, GenerationConfig(min_length=5), block=64)
     written = [one.captions[0].text for one in stream]
     said = [said_of(text) for text in written]
     return {
