@@ -69,6 +69,7 @@ class Report:
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def heading(self, text: str) -> Report:
+        """A heading; all of these methods return the report, for chains."""
         return self._add(Markup("<h2>{}</h2>").format(text))
 
     def text(self, text: str) -> Report:
@@ -80,6 +81,7 @@ class Report:
         return self._add(Markup('<div class="verdict">{}</div>').format(_markdown(text)))
 
     def note(self, text: str) -> Report:
+        """Small text below something."""
         return self._add(Markup('<p class="note">{}</p>').format(_inline(text)))
 
     def facts(self, facts: Mapping[str, object]) -> Report:
@@ -163,6 +165,7 @@ class Report:
     # ---- result ---------------------------------------------------------------------------------------------------
 
     def html(self) -> str:
+        """The page as one text, complete and without requests."""
         page = _environment().get_template("report.html")
         scripts = [Markup(script) for script in self._scripts]
         digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in self._scripts]

@@ -49,6 +49,7 @@ def loader(model: Model) -> Callable[[Record], Any]:
 
 
 def arithmetic(model: Model, precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    """A context that computes in bfloat16 where ``precision`` says so."""
     half = precision == "bfloat16"
     return lambda: torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 

@@ -58,6 +58,7 @@ def table() -> Table:
 
 
 def vqa_table() -> Table:
+    """Of the released models for VQA: body, pooler and the head of answers."""
     return Table(
         *body_rules(final_norm=False),
         Rule("pooler.norm.{leaf}", "pool_norm.{leaf}"),
@@ -69,10 +70,12 @@ def vqa_table() -> Table:
 
 
 def nlvr2_table() -> Table:
+    """Of the released models for NLVR2: body and a head of two layers."""
     return Table(*body_rules(), Rule("head.{part}.{leaf}", "{part}.{leaf}"))
 
 
 def imagenet_table() -> Table:
+    """Of the released classifiers: body, a norm of the mean patch and one layer."""
     return Table(
         *body_rules(final_norm=False), Rule("fc_norm.{leaf}", "norm.{leaf}"), Rule("head.{leaf}", "head.{leaf}")
     )

@@ -21,6 +21,7 @@ from imglish.nn.blocks import Activation
 
 
 def layers(theirs: str, ours: str) -> Table:
+    """Rules for the blocks of one tower, whose names begin with ``theirs`` there and ``ours`` here."""
     layer, block = f"{theirs}.encoder.layers.{{i}}.", f"{ours}.blocks.{{i}}."
     query_key_value = tuple(f"{layer}self_attn.{name}_proj.{{leaf}}" for name in "qkv")
     return Table(

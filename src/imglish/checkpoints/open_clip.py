@@ -105,6 +105,7 @@ def config_from_json(model: Mapping[str, Any]) -> ClipConfig:
 
 
 def vit(options: Options, quick: Activation) -> VitConfig:
+    """The config of a picture tower that is a ViT. Raises ``CheckpointError`` for settings that ours does not have."""
     width, eps = options.take("width", 768), norm_eps(options)
     options.choose("pos_embed_type", "learnable", {"learnable": None})
     tower = clip_vit(
@@ -176,6 +177,7 @@ def _square(options: Options, key: str, default: int) -> int:
 
 
 def norm_eps(options: Options) -> float:
+    """Epsilon of all layer norms."""
     given = dict(options.take("norm_kwargs", {}))
     eps = float(given.pop("eps", 1e-5))
     if given:
@@ -184,6 +186,7 @@ def norm_eps(options: Options) -> float:
 
 
 def activation(options: Options, quick: Activation) -> Activation:
+    """The activation of the feed-forwards: ``quick`` (of the whole model), unless the tower has GELU's tanh form."""
     given = options.take("act_kwargs", {})
     if not given:
         return quick

@@ -22,6 +22,7 @@ to --out. What is finished is not measured again: the same command continues.
 
 
 def add_job(jobs: Any) -> None:
+    """Add ``imglish eval suite`` to the jobs."""
     parser = jobs.add_parser(
         "suite",
         help="several evaluations in one go, from a YAML file",

@@ -127,6 +127,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def compositional(arguments: argparse.Namespace) -> int:
+    """``imglish eval compositional``; the exit status."""
     from imglish.data.errors import FILE, Errors
     from imglish.evaluation.compositional import evaluate_compositional, read_items
     from imglish.evaluation.retrieval import record_loader
@@ -151,6 +152,7 @@ def compositional(arguments: argparse.Namespace) -> int:
 
 
 def zeroshot(arguments: argparse.Namespace) -> int:
+    """``imglish eval zeroshot``; the exit status."""
     from imglish.data.errors import FILE
     from imglish.data.sources import open_source
     from imglish.evaluation.classify import ZeroShotConfig, evaluate_zeroshot
@@ -178,6 +180,7 @@ def zeroshot(arguments: argparse.Namespace) -> int:
 
 
 def linear_probe(arguments: argparse.Namespace) -> int:
+    """``imglish eval linear-probe``; the exit status."""
     from dataclasses import replace
 
     from imglish.checkpoints.native import load
@@ -209,6 +212,7 @@ def linear_probe(arguments: argparse.Namespace) -> int:
 
 
 def grounding(arguments: argparse.Namespace) -> int:
+    """``imglish eval grounding``; the exit status."""
     from imglish.checkpoints.native import load
     from imglish.data.errors import FILE, Errors
     from imglish.evaluation.encoding import Machine

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which part of the work this process does."""
     group = parser.add_argument_group("shards and workers")
     add = group.add_argument
     add("--per-shard", type=int, default=2000, help="records of a shard, where the data have none (default: 2000)")
@@ -75,6 +76,7 @@ def device_of(device: str | None) -> str | None:
 
 
 def said(line: str) -> None:
+    """Print a line to the standard error, harmless in a terminal."""
     from imglish.data.errors import printable
 
     print(printable(line), file=sys.stderr)

@@ -277,10 +277,12 @@ class PictureCache:
         self.sizes = np.frombuffer(mmap.mmap(-1, self.count * 8), dtype=np.int32).reshape(self.count, 2)
 
     def get(self, number: int) -> tuple[Image.Image, tuple[int, int]] | None:
+        """The squashed picture and its own (width, height); None if it has not been put."""
         width, height = (int(n) for n in self.sizes[number])
         return (Image.fromarray(self.pixels[number]), (width, height)) if width else None
 
     def put(self, number: int, pixels: np.ndarray, size: tuple[int, int]) -> None:
+        """Keep a picture; uint8 ``(side, side, 3)``, and its own (width, height)."""
         self.pixels[number] = pixels
         self.sizes[number, 1] = size[1]
         self.sizes[number, 0] = size[0]  # last: a picture with a width is complete

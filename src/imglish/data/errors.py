@@ -74,6 +74,7 @@ class Errors:
             _append(self.file, problem)
 
     def extend(self, problems: Iterable[Problem]) -> None:
+        """Take several problems."""
         for problem in problems:
             self.add(problem)
 

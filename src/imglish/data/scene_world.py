@@ -209,10 +209,12 @@ def random_things(rng: np.random.Generator, count: int, colours: Sequence[Colour
 
 
 def pick(options: Sequence[T], rng: np.random.Generator) -> T:
+    """One of the options, by one number of ``rng``."""
     return options[int(rng.random() * len(options))]
 
 
 def shuffled(items: Sequence[T], rng: np.random.Generator) -> list[T]:
+    """The items in a random order."""
     order = rng.random(len(items)).argsort()
     return [items[i] for i in order]
 

@@ -74,6 +74,7 @@ DEFAULT_MACHINE = Machine()
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """The device that the parameters are on."""
     return next(model.parameters()).device
 
 

@@ -301,6 +301,7 @@ def _evaluate(
 def record_loader(
     model: nn.Module, transform: ImageTransform | AspectTransform | Callable[[Record], Picture] | None = None
 ) -> Callable[[Record], Picture]:
+    """From a record to the model's input, by ``transform``: a function, or by default the one of the model's config."""
     if transform is None:
         config: Any = model.config
         transform = config.image.transform()

@@ -140,6 +140,7 @@ def _number(count: int, one: str, many: str) -> str:
 
 
 def shortened(text: str, most: int = CAPTION) -> str:
+    """``text`` in one harmless line of at most ``most`` characters."""
     return printable(text, most)
 
 

@@ -48,6 +48,7 @@ class Seen:
 
     @property
     def name(self) -> str:
+        """Of the split or source."""
         return self.portion.name
 
     def record(self, place: int) -> Record:
@@ -57,6 +58,7 @@ class Seen:
 
     @property
     def problems(self) -> list[Problem]:
+        """What was no record, and pictures that cannot be read."""
         return [*self.portion.problems, *(self.pictures.problems if self.pictures is not None else [])]
 
 
@@ -76,6 +78,7 @@ class Overlap:
 
     @property
     def leaks(self) -> bool:
+        """Whether pictures of one split stand in the other for certain."""
         return not self.mixed and bool(self.keys or self.same)
 
 
@@ -95,6 +98,7 @@ class Survey:
 
     @property
     def records(self) -> int:
+        """Of all portions."""
         return sum(len(seen.portion.records) for seen in self.seen)
 
     def to_dict(self) -> dict[str, Any]:

@@ -62,16 +62,22 @@ class Condition:
 
 @dataclass(frozen=True)
 class Both:
+    """``A and B``."""
+
     parts: tuple[Filter, ...]
 
 
 @dataclass(frozen=True)
 class Either:
+    """``A or B``."""
+
     parts: tuple[Filter, ...]
 
 
 @dataclass(frozen=True)
 class Not:
+    """``not A``."""
+
     part: Filter
 
 

@@ -120,4 +120,5 @@ def read(store: Store) -> Manifest | None:
 
 
 def write(store: Store, manifest: Manifest) -> None:
+    """Keep ``manifest`` in the store."""
     store.set_note(NOTE, manifest.to_json())

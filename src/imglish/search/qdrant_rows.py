@@ -40,6 +40,7 @@ def payload_of(row: Row) -> dict[str, Any]:
 
 
 def row_of(point: Any) -> Row:
+    """The row that a point of Qdrant holds."""
     values = dict(point.payload)
     values |= {name: b64decode(values[name]) for name in _BYTES if name in values}
     values |= {name: tuple(values[name]) for name in _LISTS if name in values}

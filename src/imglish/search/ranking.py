@@ -63,6 +63,7 @@ def rank_pictures(
 
 
 def joined(texts: Sequence[EncodedTexts]) -> EncodedTexts:
+    """Texts that were encoded one by one as one batch."""
     rows = [text.rows for text in texts if text.rows is not None]
     lengths = tuple(length for text in texts for length in text.segments.lengths)
     return EncodedTexts(torch.cat([text.features for text in texts]), Segments(lengths), torch.cat(rows))

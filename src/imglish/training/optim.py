@@ -114,6 +114,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleRecipe) 
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group ``lr`` times its own scale."""
     for group in optimiser.param_groups:
         group["lr"] = lr * group["scale"]
 

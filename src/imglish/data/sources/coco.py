@@ -14,10 +14,12 @@ from imglish.data.sources.table import ColumnSource, collect
 
 
 def is_coco(data: Mapping[str, Any]) -> bool:
+    """Whether a JSON object has the keys of COCO's caption files."""
     return isinstance(data.get("images"), list) and isinstance(data.get("annotations"), list)
 
 
 def is_karpathy(data: Mapping[str, Any]) -> bool:
+    """Whether a JSON object has the keys of Karpathy's splits."""
     return isinstance(data.get("images"), list) and "annotations" not in data
 
 

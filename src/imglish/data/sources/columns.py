@@ -26,6 +26,7 @@ class Texts:
 
     @staticmethod
     def of(texts: Iterable[str]) -> Texts:
+        """Columns of these texts."""
         builder = TextsBuilder()
         for text in texts:
             builder.add(text)
@@ -33,6 +34,7 @@ class Texts:
 
     @staticmethod
     def cat(several: Iterable[Texts]) -> Texts:
+        """Several columns one behind the other, copied."""
         parts = list(several)
         lengths = [np.diff(part.starts) for part in parts]
         return Texts(
@@ -75,10 +77,12 @@ class TextsBuilder:
         return len(self._starts) - 1
 
     def add(self, text: str) -> None:
+        """Append a text."""
         self._data += text.encode("utf-8")
         self._starts.append(len(self._data))
 
     def build(self) -> Texts:
+        """The texts so far; the builder is not used after it."""
         return Texts(numbers(self._data, np.uint8), numbers(self._starts, np.int64))
 
 

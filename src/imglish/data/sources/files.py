@@ -71,10 +71,12 @@ def status(path: str) -> Stat | None:
 
 
 def is_folder(path: str) -> bool:
+    """Whether ``path`` is a folder, local or in storage."""
     return bool(remote(path).isdir(path)) if is_remote(path) else os.path.isdir(path)
 
 
 def exists(path: str) -> bool:
+    """Whether anything is at ``path``, local or in storage."""
     return bool(remote(path).exists(path)) if is_remote(path) else os.path.exists(path)
 
 
@@ -84,6 +86,7 @@ def join(folder: str, name: str) -> str:
 
 
 def parent(path: str) -> str:
+    """The folder that ``path`` lies in."""
     return path.rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
 
 
@@ -193,6 +196,7 @@ class StoredFile:
 
     @property
     def path(self) -> str:
+        """Where the file should be; whether it may be there is asked when it is read."""
         return self.name if os.path.isabs(self.name) and not is_remote(self.root) else join(self.root, self.name)
 
     def __call__(self) -> bytes:

@@ -54,6 +54,7 @@ class Shard:
 
     @property
     def path(self) -> str:
+        """Of the tar file."""
         return join(self.folder, self.name)
 
 

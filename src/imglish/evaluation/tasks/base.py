@@ -48,6 +48,7 @@ def grouped(examples: Sequence[Example], of_example: Mapping[str, float]) -> dic
 
 
 def mean(values: Sequence[float]) -> float:
+    """Of at least one value."""
     return sum(values) / len(values)
 
 
