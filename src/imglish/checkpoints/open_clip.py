@@ -105,7 +105,7 @@ def config_from_json(model: Mapping[str, Any]) -> ClipConfig:
 
 
 def vit(options: Options, quick: Activation) -> VitConfig:
-    """The config of a picture tower that is a ViT. Raises ``CheckpointError`` for settings that ours does not have."""
+    """The config of a picture tower that is a ViT. Raises :class:`UnknownOptionError` for what ours does not have."""
     width, eps = options.take("width", 768), norm_eps(options)
     options.choose("pos_embed_type", "learnable", {"learnable": None})
     tower = clip_vit(
