@@ -75,12 +75,13 @@ def read_examples(
     seen, other, here = 0, set(), _Present()
     for place, entry in entries:
         try:
-            if not isinstance(entry, Mapping):
-                raise Unusable("wrong layout", f"{_kind(entry)} in place of an object")
-            if data.split is not None and "split" in entry and entry["split"] != data.split:
-                other.add(printable(str(entry["split"]), 40))
+            split = entry.get("split") if isinstance(entry, Mapping) else None
+            if data.split is not None and split not in (None, data.split):
+                other.add(printable(str(split), 40))
                 continue
             seen += 1
+            if not isinstance(entry, Mapping):
+                raise Unusable("wrong layout", f"{_kind(entry)} in place of an object")
             example = parse(place, entry)
             if data.pictures and len(example.images) < data.pictures:
                 raise Unusable("too few pictures", f"{len(example.images)} pictures, {data.pictures} are wanted")
@@ -155,7 +156,8 @@ def field(entry: Entry, *names: str) -> Any:
 def text_field(entry: Entry, *names: str) -> str:
     value = field(entry, *names)
     if not isinstance(value, str) or not value.strip():
-        raise Unusable("wrong layout", f"the field {names[0]!r} holds {_kind(value)}, no text")
+        what = "an empty text" if isinstance(value, str) else f"{_kind(value)}, no text"
+        raise Unusable("wrong layout", f"the field {names[0]!r} holds {what}")
     return value.strip()
 
 
