@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imglish.checkpoints.rules import TRANSPOSE, Converted, Drop, Rule, Table
-from imglish.checkpoints.sizes import count
+from imglish.checkpoints.sizes import count, heads
 from imglish.models.clip import ClipConfig, ResNetConfig, clip_vit
 from imglish.models.coca import CocaConfig
 from imglish.models.text_towers import TextConfig
@@ -107,7 +107,7 @@ def config_from_arguments(arguments: Mapping[str, Any]) -> ClipConfig:
     if isinstance(layers, Sequence):
         vision = ResNetConfig(ImageInput(size, resize="center"), _four(layers), width, heads=width * 32 // 64)
     else:
-        vision = clip_vit(size, patch, width, layers, heads=width // 64)
+        vision = clip_vit(size, patch, width, layers, heads=heads(width, "visual"))
     text = TextConfig(*(given.pop(f"transformer_{name}") for name in ("width", "layers", "heads")))
     sizes = {ours: given.pop(theirs) for ours, theirs in _SIZES.items()}
     if given:
@@ -140,7 +140,7 @@ def config_from_weights(official: Mapping[str, Tensor]) -> ClipConfig:
             "context_length": official["positional_embedding"].shape[0],
             "vocab_size": official["token_embedding.weight"].shape[0],
             "transformer_width": text_width,
-            "transformer_heads": text_width // 64,
+            "transformer_heads": heads(text_width, "transformer"),
             "transformer_layers": count(official, r"transformer\.resblocks\.(\d+)\."),
         }
     )

@@ -1,7 +1,9 @@
 """Unigram vocabularies of sentencepiece (``.spm``, ``.model``), read without its library, numbered as XLM-R does.
 
 The file is a protocol buffer: pieces with scores, how the vocabulary was trained, and how texts are normalised. BEiT-3
-puts ``<s> <pad> </s> <unk>`` in front of the pieces and ``<mask>`` behind them, as XLM-R.
+puts ``<s> <pad> </s> <unk>`` in front of the pieces and ``<mask>`` behind them, as XLM-R. Ids equal those of the
+library but for one thing that the ``tokenizers`` library does in its own way: characters of three bytes that the
+normalisation joins with the next one (half-width katakana with a sound mark).
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ def xlm_roberta(path: str | Path, max_length: int, closing: bool = True) -> toke
     Raises :class:`SentencePieceError` for other files, and for vocabularies of byte pairs.
     """
     try:
-        pieces, charsmap = _read(Path(path).read_bytes())
-    except (IndexError, struct.error, UnicodeDecodeError) as error:
+        pieces, charsmap, model = _read(Path(path).read_bytes())
+    except (IndexError, struct.error, UnicodeDecodeError, AssertionError) as error:
         raise SentencePieceError(f"{path}: no sentencepiece vocabulary") from error
+    if model != _UNIGRAM:
+        raise SentencePieceError(f"{path}: a vocabulary of byte pairs; only unigram vocabularies are read")
     if len(pieces) < 4 or [piece for piece, _, _ in pieces[:3]] != ["<unk>", "<s>", "</s>"]:
         raise SentencePieceError(f"{path}: its first pieces are not <unk>, <s> and </s>")
     lowest = min(score for _, score, kind in pieces if kind == _ORDINARY)
@@ -51,10 +55,10 @@ def xlm_roberta(path: str | Path, max_length: int, closing: bool = True) -> toke
     return inner
 
 
-def _read(data: bytes) -> tuple[list[tuple[str, float, int]], bytes]:
-    """Pieces (text, score, kind) and the compiled map of characters."""
+def _read(data: bytes) -> tuple[list[tuple[str, float, int]], bytes, int]:
+    """Pieces (text, score, kind), the compiled map of characters, and the kind of vocabulary."""
     pieces: list[tuple[str, float, int]] = []
-    charsmap, kind_of_model = b"", 0
+    charsmap, kind_of_model = b"", _UNIGRAM
     for field, value in _fields(data):
         if field == 1 and isinstance(value, bytes):
             piece = dict(_fields(value))
@@ -67,9 +71,7 @@ def _read(data: bytes) -> tuple[list[tuple[str, float, int]], bytes]:
             kind_of_model = dict(_fields(value)).get(3, _UNIGRAM)  # type: ignore[assignment]
         elif field == 3 and isinstance(value, bytes):
             charsmap = dict(_fields(value)).get(2, b"")  # type: ignore[assignment]
-    if kind_of_model != _UNIGRAM:
-        raise SentencePieceError("a sentencepiece vocabulary of byte pairs; only unigram vocabularies are read")
-    return pieces, charsmap
+    return pieces, charsmap, kind_of_model
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
