@@ -32,7 +32,7 @@ def _backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB that the process has held at most: tensors on a GPU, or all that is resident on a CPU, decoded pictures too."""
+    """GiB that the process has held at most: tensors on a GPU; on a CPU all that is resident, decoded pictures too."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
