@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from imglish.models.albef import Albef
+from imglish.models.answering import AnswerDecoder
 from imglish.models.beit import Beit
 from imglish.models.blip import Blip
 from imglish.models.blip_heads import BlipReasoning
@@ -38,6 +39,7 @@ _PICTURE = ("patch_embed", "class_token", "mask_token", "positions")
 STACKS: tuple[tuple[type[nn.Module], tuple[Stack, ...]], ...] = (
     (Albef, (Stack(("embedding",), ("text_layers", "fusion_layers")),)),
     (Blip, (Stack(("embedding",), ("layers",)), Stack((), ("decoder",)))),
+    (AnswerDecoder, (Stack(("embedding",), ("layers",)),)),
     (BlipReasoning, (Stack((), ("second",)), Stack((), ("merge",)))),
     (Coca, (Stack(("text.words", "text.positions", "text.cls"), ("text.blocks", "layers")),)),
     (Vilt, (Stack(("embedding", "pictures", "types"), ("blocks",)),)),
