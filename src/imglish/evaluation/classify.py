@@ -136,6 +136,8 @@ def evaluate_zeroshot(
     notes = []
     if len(classes) <= 5:
         notes.append(f"top-5 of {len(classes)} classes is always 100 %")
+    if fusion is not None and towers is not None and config.rerank > len(classes):
+        notes.append(f"rerank {config.rerank} clamped to the {len(classes)} classes")
     if fusion is not None and len(config.templates) > 1:
         notes.append(f"the fusion reads the first template alone: {config.templates[0]}")
     return ZeroShotResult(
