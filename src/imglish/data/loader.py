@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from imglish.data.batch import Batch
-from imglish.data.dataset import PairDataset, Purpose, Sample, collate, collate_unpaired, stream
+from imglish.data.dataset import PairDataset, Purpose, collate, collate_unpaired, stream
 from imglish.data.errors import Errors, Problem
 from imglish.data.mixgen import MixGen
 

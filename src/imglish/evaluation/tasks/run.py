@@ -103,8 +103,9 @@ def evaluate_task(
 
     answer: how the model answers (default: by its classes); predictions: a JSONL file that receives each answer as soon
     as it is known, one file a rank; those that lie there are kept, so the same call continues. Examples whose pictures
-    cannot be read are left out and counted in ``errors``. how: what else the answers depend on, in a word; rule: of the task's metric. Raises
-    ``MissingCapabilityError`` for a model without a head for the task, :class:`DataError` for examples without answers.
+    cannot be read are left out and counted in ``errors``. how: what else the answers depend on, in a word; rule: of the
+    task's metric. Raises ``MissingCapabilityError`` for a model without a head for the task, :class:`DataError` for
+    examples without answers.
     """
     if lacking := [example.place for example in examples if not example.answers]:
         raise DataError(f"{len(lacking)} examples have no answers to compare with; the first: {lacking[0]}")
