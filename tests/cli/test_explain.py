@@ -44,6 +44,12 @@ def test_a_map_for_each_word(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 1000
 
 
+def test_a_text_that_is_cut_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, model = "a dog in the snow " * 5, ["--model", str(folder / "albef-tiny"), "--device", "cpu"]
+    assert main(["explain", str(folder / "picture.png"), text, *model, "--out", str(tmp_path / "map.png")]) == 0
+    assert "tokens, the model reads the first 16" in capsys.readouterr().out
+
+
 def test_models_with_fewer_maps_or_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _call(folder, "clip-tiny", tmp_path / "map.png") == 0
     assert "none for a word" in capsys.readouterr().out

@@ -59,6 +59,11 @@ def _explain(arguments: argparse.Namespace) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     title = f"{arguments.text}   ({score} {found.score:.2f}, {found.method})"
     draw(decode(arguments.image), found, model.config.image.transform(), arguments.out, title)
+    read, whole = (
+        len(one.encode([arguments.text])[0]) for one in (model.tokenizer, model.tokenizer.with_max_length(10**6))
+    )
+    if read < whole:
+        print(f"imglish explain: the text has {whole} tokens, the model reads the first {read}")
     if found.method == "grad-cam of towers":
         print("imglish explain: this model sees a text as one vector: one map for all of it, none for a word")
     elif not found.words:
