@@ -18,7 +18,6 @@ MEASURES = {
     "itm other": ("ITM, other caption: AUC", 100.0),
     "itm swapped": ("ITM, swapped colours: AUC", 100.0),
     "true captions": ("true captions %", 100.0),
-    "things named": ("things named", 1.0),
 }
 
 
@@ -45,7 +44,7 @@ def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
     if not values:
         return "–"
     made = scale * np.array(values)
-    return f"{made.mean():.{digits}f} ± {made.std(ddof=1) if len(made) > 1 else float('nan'):.{digits}f}"
+    return f"{made.mean():.{digits}f}" + (f" ± {made.std(ddof=1):.{digits}f}" if len(made) > 1 else "")
 
 
 def _of(rows: list[dict[str, Any]], rate: int, arm: str, name: str) -> list[float]:
