@@ -91,11 +91,18 @@ class Model:
     def __init__(self, loaded: native.Loaded, device: str | torch.device | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.network: nn.Module = loaded.model.to(self.device).eval()
-        self.tokenizer: Tokenizer = loaded.tokenizer
+        self._words = loaded.words
         self.config: Any = loaded.config
         self.score_rule = loaded.score_rule
         self.meta = loaded.meta
         self._transform = self.config.image.transform()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ``CheckpointError`` for a model that takes pictures only."""
+        if self._words is None:
+            raise native.CheckpointError(f"this model ({self.config.family}) takes pictures only, no texts")
+        return self._words
 
     @property
     def matches(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import imglish
@@ -14,6 +15,7 @@ from imglish.checkpoints import native
 from imglish.checkpoints.foreign import load_foreign
 from imglish.checkpoints.native import CheckpointError
 from imglish.data.batch import TextBatch
+from tests.checkpoints import official
 
 transformers = pytest.importorskip("transformers")
 
@@ -185,3 +187,12 @@ def test_a_folder_without_settings_or_weights_is_refused(tmp_path: Path) -> None
         load_foreign(tmp_path)
     with pytest.raises(CheckpointError, match="hf:OWNER/NAME"):
         imglish.load(tmp_path / "nowhere")
+
+
+def test_a_model_of_pictures_only_needs_no_tokenizer(tmp_path: Path) -> None:
+    _, path = official.write("beit", tmp_path)
+    (tmp_path / "vocab.txt").unlink()
+    model = imglish.load(path, device="cpu")
+    assert model.encode_images([Image.new("RGB", (40, 30))]).shape == (1, 64)
+    with pytest.raises(CheckpointError, match=r"beit\) takes pictures only"):
+        _ = model.tokenizer

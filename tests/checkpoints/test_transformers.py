@@ -16,6 +16,7 @@ from torch import Tensor
 from imglish.checkpoints import hf_settings
 from imglish.checkpoints.foreign import load_foreign
 from imglish.checkpoints.hf_export import export_transformers, kinds
+from imglish.checkpoints.loading import load_any
 from imglish.checkpoints.native import CheckpointError, Loaded
 from imglish.data.batch import TextBatch
 from imglish.generation.config import GenerationConfig
@@ -285,6 +286,10 @@ def test_names_of_answers_travel(tmp_path: Path) -> None:
     assert head.soft
     written, _ = export_transformers(tmp_path / "ours", loaded)
     assert transformers.ViltConfig.from_pretrained(written).id2label[3] == "red"
+    larger: Any = load_any(written, image_size=96).model
+    assert set(load_any(written, image_size=96).meta["resized"]) == {"inner.vilt.pictures.positions"}
+    with torch.no_grad():
+        assert larger.classify([torch.randn(2, 3, 96, 96)], ids(loaded)[0]).shape == (2, 5)
     given = tmp_path / "names.json"
     given.write_text(json.dumps({name: number for number, name in enumerate("vwxyz")}))
     renamed: Any = load_foreign(tmp_path / "theirs", classes=given).model

@@ -1,4 +1,4 @@
-"""WordPiece and CLIP's byte pairs from the files that lie beside checkpoints, against the tokenizers of transformers."""
+"""WordPiece and CLIP's byte pairs from the files beside checkpoints, against the tokenizers of transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def needed(name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("name", "lower"), [("bert-base-uncased-vocab.txt", True), ("bert-base-cased-vocab.txt", False)])
+@pytest.mark.parametrize(
+    ("name", "lower"), [("bert-base-uncased-vocab.txt", True), ("bert-base-cased-vocab.txt", False)]
+)
 def test_wordpiece(name: str, lower: bool) -> None:
     path = needed(name)
     ours = Tokenizer.load(path, max_length=4096)

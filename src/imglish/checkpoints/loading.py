@@ -15,6 +15,7 @@ from imglish.checkpoints.preparing import PREPROCESSOR
 from imglish.checkpoints.resizing import with_sizes
 from imglish.checkpoints.transfer import resized
 from imglish.models import registry
+from imglish.models.heads import TaskModel, with_head
 
 HUB = "hf:"
 _WANTED = (
@@ -66,6 +67,8 @@ def at_sizes(loaded: Loaded, image_size: int | None = None, max_length: int | No
             return loaded
         torch.manual_seed(0)  # of positions that are new
         model = registry.build(config)
+        if isinstance(loaded.model, TaskModel):
+            model = with_head(model, loaded.model.head)
         converted = resized(loaded.model, model)
     except ValueError as error:
         raise CheckpointError(f"this {loaded.config.family} cannot be had in other sizes: {error}") from error

@@ -76,10 +76,10 @@ RULES: dict[str, dict[str, Fit]] = {
 
 def fitted(name: str, source: nn.Module, target: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """How the weights ``name`` of ``source`` reach the shape that they have in ``target``, a model of the same family;
-    None where they fit as they are, or where a shape that differs is a mistake."""
+    None where they fit as they are, or where a shape that differs is a mistake. Task models hold them deeper."""
     theirs, ours = source.get_parameter(name), target.get_parameter(name)
     family: Any = target.family
-    rule = RULES.get(family, {}).get(name)
+    rule = next((rule for place, rule in RULES.get(family, {}).items() if f".{name}".endswith(f".{place}")), None)
     if rule is None or theirs.shape == ours.shape or theirs.shape[1:] != ours.shape[1:]:
         return None
     return lambda learned: rule(learned, ours.detach(), source.config, target.config)
