@@ -12,14 +12,19 @@ from torch import Tensor
 
 from imglish.checkpoints import albef_tasks, blip_tasks
 from imglish.data.tasks.batch import Answers
+from imglish.generation.config import GenerationConfig
+from imglish.generation.engine import generate
 from imglish.models.albef_heads import AlbefVqa
 from imglish.models.answering import AnswerDecoder, RankRule, answer_loss, distilled_tokens, summed
 from imglish.models.blip import BlipConfig
 from imglish.models.blip_heads import BlipVqa
+from imglish.models.capabilities import EncodedImages
+from imglish.models.heads import AnswerModel, HeadConfig
 from imglish.nn.segments import Ragged
 from tests.golden.aligned import bert_of, check_gradients, check_rows, texts_of, vision_of
 from tests.golden.support import Case, cases, check
 from tests.golden.test_albef_heads import config_of
+from tests.golden.test_blip import PUBLISHED_BLIP
 
 MOMENTUM = 0.995
 
@@ -135,3 +140,20 @@ def test_blip(path: Path) -> None:
     check_gradients(case, model, lambda given, target: table.convert(given, target).state)
     model.eval()
     check_ranking(case, model.decoder, questions, RankRule(int(case.config["k_test"]), smoothing=0.1))
+    check_writing(case, model, questions)
+
+
+def check_writing(case: Case, model: BlipVqa, questions: Ragged) -> None:
+    """Beams of the published code, of the questions without padding: it looks at the padding too when it writes."""
+    head = HeadConfig("vqa", "answers", ("yes", "no"))
+    answering = AnswerModel(model.blip, head, model).eval()
+    whole = [n for n, mask in enumerate(case.inputs["question.attention_mask"]) if bool(mask.all())]
+    rows = Ragged(questions.rows.detach(), questions.segments).select(whole)
+    sep, pad = (case.config["tokenizer"][f"{name}_token_id"] for name in ("sep", "pad"))
+    expected = case.outputs["gen/ids"][whole].tolist()
+    config = GenerationConfig(beams=3, min_length=1, max_length=len(expected[0]) if expected else 2)
+    images, opening = EncodedImages(torch.zeros(len(whole), 0), rows), [model.decoder.start]
+    found = generate(answering, images, [opening] * len(whole), sep, config, [""] * len(whole), PUBLISHED_BLIP)
+    for row, (best,) in zip(expected, found, strict=True):
+        ids = [*opening, *best.ids, *([sep] if best.ended else [])]
+        assert ids + [pad] * (len(row) - len(ids)) == row
