@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,11 @@ def push(
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-    from huggingface_hub.utils import validate_repo_id
 
     folder = Path(folder)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(f"{name} cannot be pushed: {name!r} has no owner: write OWNER/NAME")
     try:
-        validate_repo_id(name)
-        if "/" not in name:
-            raise HFValidationError(f"{name!r} has no owner: write OWNER/NAME")
         (folder / CARD).write_text(card, encoding="utf-8")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         listed = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
