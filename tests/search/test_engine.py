@@ -153,7 +153,7 @@ def test_what_stands_higher_never_shows_a_smaller_match(
 def test_words_that_the_model_does_not_know_are_named(index: Index) -> None:
     found = index.search("ein 雪地 dog", not_text="a cat", rerank=3)
     assert [note for note in found.notes if "vocabulary" in note] == [
-        "the model's vocabulary does not have 3 parts of the text: ein 雪地 dog"
+        "the model's vocabulary does not have 2 parts of the text: ein 雪地 dog"
     ]
     assert index.search(TEXTS[0], rerank=3).notes == ()
 

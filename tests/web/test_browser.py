@@ -278,6 +278,10 @@ def test_chinese_dark_and_narrow(page: Any) -> None:
         _until(page, "return document.querySelectorAll('.badges span').length > 0")
         _settled(page)
         _rows_fill_the_width(page)
+        assert "词表" not in _status(page)
+        _ask(page, "雪地")  # of which the model knows nothing
+        _until(page, "return document.getElementById('status').textContent.includes('词表中没有其中 2 个词')")
+        _settled(page)
         back = page.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert back == "rgb(22, 22, 21)"
         _look(page, "phone-dark-chinese")

@@ -27,7 +27,7 @@ const SAY = {
       network: "The server does not answer. Is it running?", index: "The index cannot be read now.",
       origin: "Requests from other sites are refused.",
     },
-    failed: "That did not work", wrongKey: "That is not the key.",
+    failed: "That did not work", wrongKey: "That is not the key.", notes: [],
   },
   zh: {
     title: "图片搜索", words: "描述一张图片，或把图片拖到这里", go: "搜索", options: "选项",
@@ -55,6 +55,11 @@ const SAY = {
       origin: "拒绝来自其他网站的请求。",
     },
     failed: "出错了", wrongKey: "密钥不正确。",
+    notes: [  // what the server says, and the same in Chinese
+      [/vocabulary does not have (\d+) parts/, n => `模型的词表中没有其中 ${n} 个词`],
+      [/(\d+) of the first (\d+) pictures cannot be read/, (n, m) => `前 ${m} 张中有 ${n} 张无法读取`],
+      [/min_match needs reranking/, () => "匹配度需要逐张比对，此处未使用"],
+    ],
   },
 };
 
@@ -106,6 +111,14 @@ function speak() {
   if (shown !== null) { facts(hits.find(hit => hit.key === shown)); words(); }
 }
 
+function noted(text) {
+  for (const [pattern, words] of say.notes) {
+    const found = pattern.exec(text);
+    if (found) return words(...found.slice(1));
+  }
+  return text;
+}
+
 // What the status line and the middle of the page say about the last answer.
 function tell() {
   const status = el("status");
@@ -141,7 +154,7 @@ function tell() {
     const seconds = last.seconds.toFixed(2);
     status.textContent = !last.last ? say.towers(last.total, seconds)
       : last.reranked ? say.reranked(last.total, last.reranked, seconds) : say.done(last.total, seconds);
-    if (last.notes.length) status.textContent += `. ${last.notes.join("; ")}`;
+    if (last.notes.length) status.textContent += `. ${last.notes.map(noted).join("; ")}`;
     el("next").hidden = !last.more || !last.last;
     if (!hits.length && last.no_good_match) note(say.weak, say.weakText(el("least").value));
     else if (!hits.length) note(say.none, say.noneText);
