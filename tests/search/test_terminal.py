@@ -29,7 +29,7 @@ from tests.search.samples import picture
         ({"TERM": "football"}, None),
         ({"TERM": "xterm-256color"}, None),
         ({"TERM": "tmux-256color", "TERM_PROGRAM": "tmux", "KITTY_WINDOW_ID": "1"}, None),
-        ({"TERM": "xterm-kitty", "TMUX": "/tmp/tmux-0/default,1,0"}, None),
+        ({"TERM": "xterm-kitty", "TMUX": "tmux-socket,1,0"}, None),
         ({"TERM": "screen", "LC_TERMINAL": "iTerm2"}, None),
         ({}, None),
     ],
