@@ -1,4 +1,4 @@
-"""`imglish export`: a model in our form, in that of transformers, or on the hub."""
+"""`imglish export`: a model in our form, in that of transformers, as ONNX, or on the hub."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ Write a model for others, or put it on the hub.
   imglish export runs/flickr8k/model out                             # ours: safetensors, JSON, tokenizer
   imglish export runs/flickr8k/model out --image-size 384            # positions fitted to other pictures
   imglish export runs/blip/model out --layout transformers --kind captioning
+  imglish export runs/flickr8k/model out --layout onnx               # image, text and match graphs, checked
   imglish export runs/flickr8k/model out --push me/flickr8k --dry-run
 
 A model that transformers has no class for, or that its settings cannot express, is refused.
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="anything that imglish.load takes")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--layout", choices=("imglish", "transformers"), default="imglish")
+    parser.add_argument("--layout", choices=("imglish", "transformers", "onnx"), default="imglish")
     parser.add_argument("--kind", help="which class of transformers: matching, captioning, words, ...")
     parser.add_argument("--tokenizer", help="its file, where none lies beside released weights")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.kind is not None and arguments.layout != "transformers":
         parser.error("--kind goes with --layout transformers")
+    if arguments.layout == "onnx" and arguments.push is not None:
+        parser.error("--push uploads the layouts imglish and transformers")
     if arguments.push is None and (arguments.private or arguments.dry_run or arguments.licence):
         parser.error("--private, --licence and --dry-run go with --push")
 
@@ -66,11 +69,16 @@ def main(argv: Sequence[str]) -> int:
 def _write(loaded: Loaded, arguments: argparse.Namespace) -> Path:
     from imglish.checkpoints.hf_export import export_transformers
     from imglish.checkpoints.native import export
+    from imglish.checkpoints.onnx_export import export_onnx
 
     for name, change in loaded.meta.get("resized", {}).items():
         print(f"  {name}: {change}")
     if arguments.layout == "imglish":
         written = export(arguments.out, loaded.model, loaded.words, loaded.meta, loaded.score_rule)
+    elif arguments.layout == "onnx":
+        written, differences = export_onnx(arguments.out, loaded)
+        for name, difference in differences.items():
+            print(f"  {name}.onnx: at most {difference:.1e} from the model, relative, in onnxruntime on random input")
     else:
         written, left_out = export_transformers(arguments.out, loaded, arguments.kind)
         for reason, count in Counter(left_out.values()).items():

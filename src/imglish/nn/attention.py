@@ -38,7 +38,7 @@ def attend(
     """
     if q_segments.count != k_segments.count:
         raise ValueError(f"{q_segments.count} query sequences meet {k_segments.count} key sequences")
-    if causal and q_segments.lengths != k_segments.lengths:
+    if causal and q_segments != k_segments:
         raise ValueError("causal attention needs queries and keys of the same lengths")
     if q_segments.total == 0:
         return q_THd
@@ -60,7 +60,7 @@ def attend(
         assert isinstance(out, Tensor)
         return out
     mask = None
-    if not k_segments.uniform:
+    if k_segments.filled:
         mask = k_segments.valid(device)[:, None, None, :]
         if causal:
             mask = mask & torch.ones(k_segments.longest, k_segments.longest, device=device).tril().bool()
@@ -92,7 +92,7 @@ def attention_weights(
 ) -> Tensor:
     """The weights by which :func:`attend` mixes, for whoever wants to see them: ``(N, heads, Q, K)`` for the longest
     query and key sequence, zero for keys that are not there (queries that are not there look at all keys alike)."""
-    mask = None if k_segments.uniform else k_segments.valid(q_THd.device)[:, None, None, :]
+    mask = k_segments.valid(q_THd.device)[:, None, None, :] if k_segments.filled else None
     scores = _sequences(q_THd, q_segments) @ _sequences(k_SHd, k_segments).transpose(2, 3) / math.sqrt(q_THd.shape[2])
     if bias is not None:
         scores = scores + bias[None]
@@ -184,7 +184,7 @@ class Memory:
 
     def queries(self, rows: Segments) -> Segments:
         """Rows a text, ``rows``, added up to rows a picture."""
-        if all(n == 1 for n in self.texts.lengths):
+        if self.texts.uniform and self.texts.longest == 1:
             return rows
         bounds = self.texts.bounds
         ends = rows.bounds[bounds]

@@ -42,6 +42,8 @@ class Segments:
     @staticmethod
     def equal(count: int, length: int) -> Segments:
         """``count`` sequences of one ``length``: the rows of ``(count, length, D)`` seen as ``(T, D)``."""
+        if isinstance(count, torch.SymInt) or isinstance(length, torch.SymInt):
+            return Grid(count, length)
         made = Segments((length,) * count)
         # known already; and torch.compile cannot trace the lock that Python 3.11 puts around cached properties
         made.__dict__.update(count=count, total=count * length, longest=length if count else 0, uniform=True)
@@ -65,6 +67,11 @@ class Segments:
     def uniform(self) -> bool:
         """All sequences have one length, so ``(T, D)`` is ``(N, L, D)`` by a view."""
         return len(set(self.lengths)) <= 1
+
+    @property
+    def filled(self) -> bool:
+        """Some slots of the padded view hold no row of a sequence, so attention needs :meth:`valid`."""
+        return not self.uniform
 
     @cached_property
     def bounds(self) -> np.ndarray:
@@ -124,6 +131,51 @@ class Segments:
         if (name, device) not in self._on_device:
             self._on_device[name, device] = _upload(values, dtype, device)
         return self._on_device[name, device]
+
+
+class Grid(Segments):
+    """Sequences whose number and lengths no Python integer knows: what a model is traced with for export.
+
+    The rows are all slots of ``(count, length)``, with filling behind the end of each sequence where ``mask``, bool
+    ``(count, length)``, is false (None: no filling). Which row is whose follows from arithmetic on the device. What
+    asks for the lengths on the host (selecting, joining, counting) is an error.
+    """
+
+    def __init__(self, count: int, length: int, mask: Tensor | None = None) -> None:
+        self.__dict__.update(count=count, total=count * length, longest=length, uniform=True, mask=mask)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Grid):
+            return NotImplemented
+        mine, theirs = self.__dict__, other.__dict__
+        return mine["mask"] is theirs["mask"] and all(mine[key] == theirs[key] for key in ("count", "longest"))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def filled(self) -> bool:
+        return self.__dict__["mask"] is not None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        raise TypeError("this part of the model needs the lengths of the texts on the host: it cannot be traced")
+
+    def starts(self, device: torch.device) -> Tensor:
+        return torch.arange(self.count, device=device) * self.longest
+
+    def ends(self, device: torch.device) -> Tensor:
+        mask: Tensor | None = self.__dict__["mask"]
+        return self.starts(device) + (self.longest if mask is None else mask.sum(1)) - 1
+
+    def positions(self, device: torch.device) -> Tensor:
+        return torch.arange(self.longest, device=device).expand(self.count, -1).flatten()
+
+    def indices(self, device: torch.device) -> Tensor:
+        return torch.arange(self.count, device=device)[:, None].expand(-1, self.longest).flatten()
+
+    def valid(self, device: torch.device) -> Tensor:
+        mask: Tensor | None = self.__dict__["mask"]
+        return torch.ones(self.count, self.longest, dtype=torch.bool, device=device) if mask is None else mask
 
 
 @dataclass(frozen=True)
