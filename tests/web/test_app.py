@@ -165,7 +165,7 @@ def test_health_tells_that_the_search_has_ended(index: Index) -> None:
 def test_a_full_queue_answers_429(index: Index) -> None:
     app = create(index, Settings(waiting=1))
     batcher = app.state.service.batcher
-    with support.closing(app) as client, index._lock, ThreadPoolExecutor(6) as pool:  # the model is busy
+    with support.closing(app) as client, ThreadPoolExecutor(6) as pool, index._lock:  # the model is busy
         sent = [
             pool.submit(client.post, "/v1/search", data={"text": "x", "rerank": 0, "not_text": str(i)})
             for i in range(2)
