@@ -112,14 +112,14 @@ def test_resume_needs_the_same_recipe_and_data(tmp_path: Path) -> None:
 
 def test_a_stopped_validation_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal during validation breaks it off; the resumed run validates first, then goes on."""
-    import imglish.training.trainer as trainer
+    import imglish.training.work as work
 
     def settings(name: str):  # type: ignore[no-untyped-def]
         return recipe(tmp_path / name, "clip", validation={"every": 1.0})
 
     held_out = records(8)
     calm = train(settings("calm"), records(), held_out)
-    real, calls = trainer.validate, []
+    real, calls = work.validate, []
 
     def broken_off(*arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -127,7 +127,7 @@ def test_a_stopped_validation_is_made_up_for(tmp_path: Path, monkeypatch: pytest
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "validate", broken_off)
+    monkeypatch.setattr(work, "validate", broken_off)
     stopped = train(settings("stopped"), records(), held_out)
     assert (stopped.step, stopped.stopped, stopped.model) == (6, "SIGTERM", None)
     resumed = train(settings("stopped"), records(), held_out)
