@@ -47,6 +47,11 @@ def grouped(examples: Sequence[Example], of_example: Mapping[str, float]) -> dic
     return {kind: mean(values) for kind, values in sorted(kinds.items())} if len(kinds) > 1 else {}
 
 
+def labels(example: Example) -> dict[str, float]:
+    """The answers of an example that is right or wrong, each with weight 1."""
+    return dict.fromkeys(example.answers, 1.0)
+
+
 def mean(values: Sequence[float]) -> float:
     """Of at least one value."""
     return sum(values) / len(values)

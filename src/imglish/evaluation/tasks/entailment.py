@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from imglish.data.tasks import entailment as data
 from imglish.data.tasks.examples import Example
-from imglish.evaluation.tasks.base import Task, TaskScores, grouped, mean
+from imglish.evaluation.tasks.base import Task, TaskScores, grouped, labels, mean
 
 
 def score(examples: Sequence[Example], predictions: Mapping[str, str]) -> TaskScores:
@@ -19,8 +19,8 @@ TASK = Task(
     name="entailment",
     title="Visual entailment",
     read=data.read,
-    weights=lambda example: dict.fromkeys(example.answers, 1.0),
-    written=lambda example: dict.fromkeys(example.answers, 1.0),
+    weights=labels,
+    written=labels,
     score=score,
     classes=data.CLASSES,
 )

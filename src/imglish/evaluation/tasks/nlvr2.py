@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from imglish.data.tasks import nlvr2 as data
 from imglish.data.tasks.examples import Example
 from imglish.evaluation.nlvr2 import reasoning_scores, sentence_of
-from imglish.evaluation.tasks.base import Task, TaskScores, grouped
+from imglish.evaluation.tasks.base import Task, TaskScores, grouped, labels
 
 
 def score(examples: Sequence[Example], predictions: Mapping[str, str]) -> TaskScores:
@@ -15,9 +15,9 @@ def score(examples: Sequence[Example], predictions: Mapping[str, str]) -> TaskSc
     examples share a sentence; elsewhere those of equal text do."""
     official = all(example.key.count("-") == 3 for example in examples)
     texts = {example.key: example.text for example in examples}
-    labels = {example.key: example.answers[0] for example in examples}
-    found = reasoning_scores(labels, predictions, sentence_of if official else texts.__getitem__)
-    of_example = {key: 100.0 * (predictions[key] == label) for key, label in labels.items()}
+    right = {example.key: example.answers[0] for example in examples}
+    found = reasoning_scores(right, predictions, sentence_of if official else texts.__getitem__)
+    of_example = {key: 100.0 * (predictions[key] == label) for key, label in right.items()}
     metrics = {"accuracy": found.accuracy, "consistency": found.consistency}
     how = "by identifier" if official else "by text"
     return TaskScores(metrics, grouped(examples, of_example), of_example, (f"{found.sentences} sentences, {how}",))
@@ -27,8 +27,8 @@ TASK = Task(
     name="nlvr2",
     title="Statements about pictures",
     read=data.read,
-    weights=lambda example: dict.fromkeys(example.answers, 1.0),
-    written=lambda example: dict.fromkeys(example.answers, 1.0),
+    weights=labels,
+    written=labels,
     score=score,
     classes=data.CLASSES,
     pictures=2,
