@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from imglish.training.ranks import process_group
 
 
 def run_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -22,10 +24,15 @@ def run_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
+def gloo_threads() -> list[str]:
+    """Names of the threads of this process that gloo started."""
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
 def _rank(rank: int, world: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    try:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    with process_group(torch.device("cpu"), f"file://{folder}/meeting"):
         torch.save(work(rank, *args), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    assert not gloo_threads(), "they would abort the process when it ends"

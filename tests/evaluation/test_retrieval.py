@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from imglish.evaluation.retrieval import RetrievalConfig, RetrievalResult, evalu
 from imglish.evaluation.summary import retrieval_report
 from imglish.models.registry import named
 from tests.evaluation.fakes import Fusion, OneStream, Towers, Words, a_set
+from tests.ranks import run_ranks
 
 
 def _machine(**changes: object) -> Machine:
@@ -214,20 +213,13 @@ def test_the_mode_of_the_model_is_put_back() -> None:
     assert model.training
 
 
-def _ranked_worker(number: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=world)
-    result = _run(Fusion(), _config(5, sweep=(2,)), count=37)
-    (Path(folder) / f"{number}.json").write_text(result.to_json())
-    dist.destroy_process_group()
+def _measured(rank: int = 0) -> dict[str, object]:
+    found: dict[str, object] = json.loads(_run(Fusion(), _config(5, sweep=(2,)), count=37).to_json())
+    return {**found, "seconds": None}
 
 
-def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
-    mp.spawn(_ranked_worker, args=(2, str(tmp_path)), nprocs=2)
-    alone = json.loads(_run(Fusion(), _config(5, sweep=(2,)), count=37).to_json())
-    for number in range(2):
-        found = json.loads((tmp_path / f"{number}.json").read_text())
-        assert {**found, "seconds": None} == {**alone, "seconds": None}
+def test_two_processes_measure_what_one_measures() -> None:
+    assert run_ranks(2, _measured) == [_measured(), _measured()]
 
 
 def test_a_real_albef_is_reranked_as_pair_by_pair() -> None:

@@ -31,15 +31,22 @@ def pick_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, meeting: str = "env://") -> Iterator[None]:
     """Join the group that torchrun describes in the environment; without torchrun, or inside a group, do nothing.
 
-    The group has a CPU backend on GPUs too: small decisions (stop, save) travel there without waiting for the device.
+    meeting: where the processes find each other, torch's ``init_method``. The group has a CPU backend on GPUs too:
+    small decisions (stop, save) travel there without waiting for the device.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world < 2 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # Its functions take the world's group as a default argument: imported first inside a group (torch's activation
+    # checkpointing does) they would keep it, and gloo's threads would outlive it and abort the process as it ends.
+    import torch.distributed.nn  # noqa: F401
+
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=meeting, rank=int(os.environ["RANK"]), world_size=world)
     try:
         yield
     finally:
