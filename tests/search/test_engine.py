@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -340,7 +341,7 @@ def test_the_command(
     assert found["hits"][0]["match"] is None
     assert main([where, TEXTS[0], "--min-match", "1", "--device", "cpu"]) == NO_MATCH
     assert "no good match" in capsys.readouterr().out
-    assert main([where, TEXTS[0], "-k", "7", "--device", "cpu", "--pictures", "iterm2"]) == 0
+    assert main([where, "--device", "cpu", "-k", "7", TEXTS[0], "--pictures", "iterm2"]) == 0  # words behind options
     strip = base64.b64decode(capsys.readouterr().out.rpartition("File=inline=1;size=")[2].split(":")[1].split("\a")[0])
     assert Image.open(io.BytesIO(strip)).size == (5 * 154, 2 * 154)
     monkeypatch.setenv("TERM", "xterm-kitty")
@@ -352,3 +353,9 @@ def test_the_command(
     assert main([where, TEXTS[0], "--where", "x = 1"]) == 2
     assert main([where]) == 2
     assert main([str(tmp_path / "nowhere"), "a"]) == 1
+    reading, writing = os.pipe()
+    os.close(reading)
+    with monkeypatch.context() as patch, open(writing, "w") as pipe:
+        patch.setattr(sys, "stdout", pipe)
+        assert main([where, TEXTS[0], "--device", "cpu"]) == 0  # who reads has gone, as head goes
+    assert "pipe" not in capsys.readouterr().err

@@ -31,7 +31,7 @@ NO_MATCH = 3
 
 
 def main(argv: Sequence[str]) -> int:
-    """Status: 0 found, 1 the index or the disk failed, 2 wrong arguments or model, 3 no good match."""
+    """Status: 0 found, or the reader saw enough; 1 index or disk failed; 2 wrong arguments or model; 3 no match."""
     parser = argparse.ArgumentParser(
         "imglish search", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         default="auto",
         help="show them below the table (default: in terminals that are known to)",
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # the words may stand behind options
 
     from imglish.checkpoints.native import CheckpointError
     from imglish.data.images import ImageError
@@ -68,7 +68,12 @@ def main(argv: Sequence[str]) -> int:
     from imglish.search.store import StoreError
 
     try:
-        return _search(arguments)
+        status = _search(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes nowhere
+        return 0
     except (StoreError, OSError) as error:
         print(f"imglish search: {error}", file=sys.stderr)
         return 1
