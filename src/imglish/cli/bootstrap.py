@@ -26,9 +26,10 @@ def main(argv: Sequence[str]) -> int:
         "imglish bootstrap", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="YAML file of stages; docs/bootstrap.md explains them")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    overrides = "settings that replace those of the recipe"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=overrides)
     parser.add_argument("--check", action="store_true", help="check the recipe; do nothing")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     from imglish.bootstrapping.loop import check_loop, read_loop, run_loop
     from imglish.checkpoints.native import CheckpointError

@@ -34,7 +34,8 @@ def run(command: str, description: str, argv: Sequence[str]) -> int:
         command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="YAML file of settings; docs/train.md explains them")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    overrides = "settings that replace those of the recipe"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=overrides)
     parser.add_argument("--check", action="store_true", help="check recipe, data and disk; do not train")
     arguments = parser.parse_intermixed_args(argv)
 

@@ -59,7 +59,7 @@ def lay_over(data: dict[str, Any], override: str) -> None:
     try:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SettingsError(key, f"{text!r} is not a YAML value: {error}") from error
+        raise SettingsError(key, f"{text!r} is not a YAML value; text that holds ': ' wants quotes: {error}") from error
 
 
 def fill(base: T, data: Mapping[str, Any], where: str = "") -> T:
