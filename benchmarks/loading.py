@@ -2,16 +2,16 @@
 
     python -m benchmarks.loading [--model blip-base] [--repeats 3]
 
-The model has random weights and is written three times: as an export of this library, as the authors' file (.pth) and
-as a folder of transformers (safetensors). Memory is what the process held at most beyond what it held after its
-imports; pages of a mapped file that were read count.
+The model has random weights and is written in every form that its family has: as an export of this library, as the
+authors' file (.pth; of ALBEF also that of retrieval, which has no head for words) and as folders of transformers
+(safetensors), of which each holds a part of a BLIP. Memory is what the process held at most beyond what it held after
+its imports; pages of a mapped file that were read count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,13 +37,21 @@ def write(name: str, folder: Path) -> dict[str, Path]:
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer = Tokenizer.load(folder / "vocab.txt", config.max_length).with_special(special)
     made = {"imglish": native.export(folder / "imglish", model, tokenizer)}
-    tables = {"albef": lambda: albef.table(config, True), "blip": lambda: blip.table(config)}
-    if config.family in tables:
-        made["authors"] = folder / "official.pth"
-        torch.save({"model": tables[config.family]().revert(model.state_dict())}, made["authors"])
-    loaded = native.load(made["imglish"])
-    if config.family in ("blip", "clip"):
-        made["transformers"], _ = hf_export.export_transformers(folder / "transformers", loaded)
+    tables = {
+        "albef": {
+            "authors": lambda: albef.table(config, True),
+            "authors, retrieval": lambda: albef.table(config, False),
+        },
+        "blip": {"authors": lambda: blip.table(config)},
+    }
+    for form, table in tables.get(config.family, {}).items():
+        made[form] = folder / f"{form}.pth"
+        torch.save({"model": table().revert(model.state_dict())}, made[form])
+    if config.family in ("blip", "clip", "vilt"):
+        loaded = native.load(made["imglish"])
+        for kind in hf_export.kinds(loaded):
+            form = f"transformers, {kind}"
+            made[form], _ = hf_export.export_transformers(folder / form, loaded, kind)
     return made
 
 
@@ -51,14 +59,18 @@ def measure(path: Path) -> dict[str, float]:
     """In this process: seconds, and the growth of the peak of its memory in bytes."""
     from imglish.checkpoints.loading import load_any
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    before = peak_memory()
     start = time.perf_counter()
     loaded = load_any(path)
     seconds = time.perf_counter() - start
     size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
-    return {"seconds": seconds, "peak": peak, "weights": size}
+    return {"seconds": seconds, "peak": peak_memory() - before, "weights": size}
+
+
+def peak_memory() -> int:
+    """What this process has held at most, in bytes. ``ru_maxrss`` would count the process that started it too."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -76,7 +88,7 @@ def main() -> None:
             runs = [json.loads(subprocess.check_output(command)) for _ in range(arguments.repeats)]
             best = min(runs, key=lambda run: float(run["seconds"]))
             print(
-                f"{arguments.model} {form:12} {best['weights'] / 1e6:7.1f} MB of weights, "
+                f"{arguments.model} {form:24} {best['weights'] / 1e6:7.1f} MB of weights, "
                 f"peak {max(run['peak'] / run['weights'] for run in runs):.2f} of that, {best['seconds']:.2f} s"
             )
     seconds = []

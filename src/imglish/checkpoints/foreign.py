@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from imglish.checkpoints.drawing import drawn
 from imglish.checkpoints.files import WeightFileError, read_weights
 from imglish.checkpoints.formats import FORMATS, Format, Layout, Source
-from imglish.checkpoints.native import CheckpointError, Loaded
+from imglish.checkpoints.native import CheckpointError, Loaded, built
 from imglish.checkpoints.preparing import with_picture
 from imglish.checkpoints.rules import ConversionError
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
-from imglish.models.heads import HeadConfig, with_head
+from imglish.models.heads import HeadConfig
 
 WEIGHT_NAMES = (
     "model.safetensors",
@@ -53,7 +54,7 @@ def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes:
         config = with_picture(config, source.settings, source.folder)
         head = None if form.head is None else form.head(source)
         with torch.device("meta"):
-            model = _built(config, head)
+            model = built(config, head)
         inner = "inner." if head is not None else ""
         target = {key.removeprefix(inner): value for key, value in model.state_dict().items()}
         converted = form.convert(source.weights, target, config)
@@ -64,16 +65,11 @@ def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes:
     if head is not None and head.form == "answers" and words is not None:
         head = replace(head, start=words.bos_id)
         with torch.device("meta"):
-            model = _built(config, head)
+            model = built(config, head)
     state = {f"{inner}{key}": value for key, value in converted.state.items()}
     model.load_state_dict(_with_fresh(state, config, head), assign=True)
     meta = {"from": {"format": name, "name": source.path.name, "sha256": digest(source.path)}}
     return Loaded(model.eval(), words, config, form.score_rule, meta | {"conversion": converted.report})
-
-
-def _built(config: Any, head: HeadConfig | None) -> nn.Module:
-    model = registry.build(config)
-    return model if head is None else with_head(model, head)
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -90,11 +86,10 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 
 def _with_fresh(state: Mapping[str, Tensor], config: Any, head: HeadConfig | None) -> dict[str, Tensor]:
-    """``state`` in float32, with initial values for what the checkpoint lacks (the report names it)."""
+    """``state`` in float32, with first values drawn for what the checkpoint lacks; the report names it."""
     made: Mapping[str, Tensor] = {}
     if any(value.is_meta for value in state.values()):
-        torch.manual_seed(0)
-        made = _built(config, head).state_dict()
+        made = drawn(lambda: built(config, head), lambda name, _: state[name].is_meta).state_dict()
     return {
         key: made[key] if value.is_meta else value.float() if value.is_floating_point() else value
         for key, value in state.items()

@@ -6,16 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from imglish.checkpoints import native
+from imglish.checkpoints.drawing import drawn
 from imglish.checkpoints.foreign import SETTINGS, TOKENIZERS, WEIGHT_NAMES, load_foreign
-from imglish.checkpoints.native import CheckpointError, Loaded
+from imglish.checkpoints.native import CheckpointError, Loaded, built
 from imglish.checkpoints.preparing import PREPROCESSOR
 from imglish.checkpoints.resizing import with_sizes
 from imglish.checkpoints.transfer import resized
-from imglish.models import registry
-from imglish.models.heads import TaskModel, with_head
+from imglish.models.heads import TaskModel
 
 HUB = "hf:"
 _WANTED = (
@@ -65,10 +63,9 @@ def at_sizes(loaded: Loaded, image_size: int | None = None, max_length: int | No
         config = with_sizes(loaded.config, image_size, max_length)
         if config == loaded.config:
             return loaded
-        torch.manual_seed(0)  # of positions that are new
-        model = registry.build(config)
-        if isinstance(loaded.model, TaskModel):
-            model = with_head(model, loaded.model.head)
+        head = loaded.model.head if isinstance(loaded.model, TaskModel) else None
+        held = loaded.model.state_dict()
+        model = drawn(lambda: built(config, head), lambda name, new: new.shape != held[name].shape)
         converted = resized(loaded.model, model)
     except ValueError as error:
         raise CheckpointError(f"this {loaded.config.family} cannot be had in other sizes: {error}") from error

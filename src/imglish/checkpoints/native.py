@@ -128,9 +128,7 @@ def load(path: str | Path) -> Loaded:
     description = _description(path)
     config = _config(path, description)
     with torch.device("meta"):  # nothing is drawn, nothing allocated: the weights become those of the mapped file
-        model = registry.build(config)
-        if "head" in description:
-            model = with_head(model, _head(path, description["head"]))
+        model = built(config, _head(path, description["head"]) if "head" in description else None)
     try:
         state = load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -138,6 +136,12 @@ def load(path: str | Path) -> Loaded:
     load_weights(model, state, str(path / WEIGHTS))
     tokenizer = _tokenizer(path, config) if registry.reads_texts(config) else None
     return Loaded(model.eval(), tokenizer, config, description["score_rule"], description.get("meta", {}))
+
+
+def built(config: Any, head: HeadConfig | None = None) -> nn.Module:
+    """A new model of ``config``, with ``head`` that of a task."""
+    model = registry.build(config)
+    return model if head is None else with_head(model, head)
 
 
 def _tokenizer(path: Path, config: Any) -> Tokenizer:
