@@ -110,9 +110,13 @@ def test_leases(tmp_path: Path) -> None:
 
 
 def test_a_lease_is_kept_alive(tmp_path: Path) -> None:
-    with Leases(tmp_path, 0.4) as one, Leases(tmp_path, 0.4) as two:
+    with Leases(tmp_path, 1) as one, Leases(tmp_path, 60) as two:
         assert one.take("a")
-        time.sleep(0.8)
+        lease, old, ends = tmp_path / "a.lease", time.time() - 100, time.monotonic() + 60
+        os.utime(lease, (old, old))
+        while lease.stat().st_mtime < old + 50:
+            assert time.monotonic() < ends
+            time.sleep(0.02)
         assert not two.take("a")
 
 
