@@ -7,17 +7,18 @@ import math
 import pytest
 
 from imglish.evaluation.caption_metrics import bleu, caption_scores, cider_d, rouge_l
+from imglish.evaluation.ngrams import NgramCounts
 from imglish.evaluation.ptb import tokenized
 
 
 def test_bleu_by_hand() -> None:
-    corpus, [item] = bleu(["the the the cat"], [["the cat sat", "a cat"]])
-    assert item == corpus
+    corpus, [item] = bleu(NgramCounts.of(["the the the cat"], [["the cat sat", "a cat"]]))
+    assert item.tolist() == corpus.tolist()
     assert corpus[0] == pytest.approx(2 / 4)  # "the" counts once, as in the best reference
     assert corpus[1] == pytest.approx(math.sqrt(2 / 4 * 1 / 3))
-    short, _ = bleu(["the cat"], [["the cat sat down there"]])
+    short, _ = bleu(NgramCounts.of(["the cat"], [["the cat sat down there"]]))
     assert short[0] == pytest.approx(math.exp(1 - 5 / 2))
-    tie, _ = bleu(["a b c"], [["a b", "a b c d"]])  # of two equally close lengths the shorter one
+    tie, _ = bleu(NgramCounts.of(["a b c"], [["a b", "a b c d"]]))  # of two equally close lengths the shorter one
     assert tie[0] == pytest.approx(1)
 
 
@@ -26,22 +27,31 @@ def test_rouge_takes_the_best_of_each() -> None:
         (1 + 1.44) * 1.0 * (2 / 3) / (2 / 3 + 1.44 * 1.0)
     )
     assert rouge_l("a", ["b"]) == 0
+    assert rouge_l("a b a c a", ["a a a x"]) == pytest.approx((1 + 1.44) * 0.6 * 0.75 / (0.75 + 1.44 * 0.6))
+
+
+def test_texts_without_words() -> None:
+    """An empty caption or reference, and references shorter than n: what has no part in it is 0, nothing fails."""
+    found = caption_scores(["", "a dog runs home", ""], [["a dog"], ["a cat"], [""]])
+    assert found.items[0]["cider"] == found.items[2]["cider"] == 0
+    assert found.items[0]["bleu4"] == 0
+    assert found.items[1]["bleu1"] == pytest.approx(1 / 4)
 
 
 def test_cider_by_hand() -> None:
     # "dog" occurs in both items' references: no weight; the pair of words is in one of them
-    scores = cider_d(["a dog", "a cat"], [["a dog"], ["the dog"]])
+    scores = cider_d(NgramCounts.of(["a dog", "a cat"], [["a dog"], ["the dog"]]))
     idf = math.log(2)
     unigram = idf**2 / idf**2  # "a", in one of two
     assert scores[0] == pytest.approx(10 * (unigram + 1) / 4)  # n = 1, 2 agree; 3, 4 do not exist
     assert scores[1] == 0
-    assert cider_d(["a dog"], [["a dog"]]) == [0]
+    assert cider_d(NgramCounts.of(["a dog"], [["a dog"]])).tolist() == [0]
 
 
 def test_cider_punishes_length_by_gauss() -> None:
     references = [["a dog runs"], ["something else entirely"]]
-    same = cider_d(["a dog runs", "x"], references)[0]
-    longer = cider_d(["a dog runs a dog runs", "x"], references)[0]
+    same = cider_d(NgramCounts.of(["a dog runs", "x"], references))[0]
+    longer = cider_d(NgramCounts.of(["a dog runs a dog runs", "x"], references))[0]
     assert same == pytest.approx(7.5)
     assert longer < same * math.exp(-9 / 72) + 1e-9
 

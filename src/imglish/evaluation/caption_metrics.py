@@ -6,17 +6,17 @@ Captions and references become tokenized strings by :func:`imglish.evaluation.pt
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-N = 4
+import numpy as np
+
+from imglish.evaluation.ngrams import Counted, N, NgramCounts, find
+
 BETA = 1.2  # of ROUGE-L: recall counts more than precision
 SIGMA = 6.0  # of CIDEr-D: how much a difference in length costs
 TINY, SMALL = 1e-15, 1e-9  # coco-caption's smoothing of BLEU
 NAMES = (*(f"bleu{n}" for n in range(1, N + 1)), "rouge_l", "cider")
-
-Ngram = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,50 +37,44 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
         raise ValueError(f"{len(candidates)} captions, {len(references)} lists of references")
     if not candidates or any(not refs for refs in references):
         raise ValueError("caption metrics need at least one picture, and a reference for each")
-    corpus, per_item = bleu(candidates, references)
+    counts = NgramCounts.of(candidates, references)
+    corpus, per_item = bleu(counts)
     rouge = [rouge_l(candidate, refs) for candidate, refs in zip(candidates, references)]
-    cider = cider_d(candidates, references)
-    values = [corpus[n] for n in range(N)] + [math.fsum(rouge) / len(rouge), math.fsum(cider) / len(cider)]
-    items = [dict(zip(NAMES, [*b, r, c])) for b, r, c in zip(per_item, rouge, cider)]
+    cider = cider_d(counts).tolist()
+    values = [*corpus.tolist(), math.fsum(rouge) / len(rouge), math.fsum(cider) / len(cider)]
+    items = [dict(zip(NAMES, [*b, r, c])) for b, r, c in zip(per_item.tolist(), rouge, cider)]
     return CaptionScores(dict(zip(NAMES, values)), tuple(items))
 
 
-def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[float], list[list[float]]]:
-    """BLEU-1..4 of the corpus and of each item (Papineni et al. 2002), against the reference of the closest length."""
-    total, length, reference_length = _zeros(), 0, 0
-    items = []
-    for candidate, refs in zip(candidates, references):
-        words = candidate.split()
-        sides = [ref.split() for ref in refs]
-        closest = min((len(side) for side in sides), key=lambda size: (abs(size - len(words)), size))
-        most: Counter[Ngram] = Counter()
-        for side in sides:
-            most |= _ngrams(side)
-        matched = _zeros()
-        for ngram, count in _ngrams(words).items():
-            matched[len(ngram) - 1][0] += min(count, most[ngram])
-        for n in range(N):
-            matched[n][1] = max(0, len(words) - n)
-            total[n][0] += matched[n][0]
-            total[n][1] += matched[n][1]
-        length += len(words)
-        reference_length += closest
-        items.append(_bleu(matched, len(words), closest))
-    return _bleu(total, length, reference_length), items
+def bleu(counts: NgramCounts) -> tuple[np.ndarray, np.ndarray]:
+    """BLEU-1..4 of the corpus ``(4,)`` and of each item ``(I, 4)`` (Papineni et al. 2002), against the reference of the
+    closest length, of two equally close ones the shorter; float64."""
+    length, count = counts.candidate_lengths, len(counts.candidate_lengths)
+    right = np.stack([_clipped(counted, count) for counted in counts.of_length], 1)
+    every = np.maximum(length[:, None] - np.arange(N), 0)
+    away = np.abs(counts.reference_lengths - length[counts.item])
+    order = np.lexsort((counts.reference_lengths, away, counts.item))
+    _, first = np.unique(counts.item[order], return_index=True)
+    closest = counts.reference_lengths[order[first]]
+    whole = _bleu(right.sum(0, keepdims=True), every.sum(0, keepdims=True), length.sum()[None], closest.sum()[None])
+    return whole[0], _bleu(right, every, length, closest)
 
 
-def _zeros() -> list[list[int]]:
-    """(right, all) n-grams for each n."""
-    return [[0, 0] for _ in range(N)]
+def _clipped(counted: Counted, items: int) -> np.ndarray:
+    """N-grams of each candidate that are right: each as often as in the reference that has it most often."""
+    most = np.zeros(len(counted.held), dtype=np.int64)
+    np.maximum.at(most, counted.place, counted.references.count)
+    mine = counted.candidates
+    place, there = find(counted.keys(mine), counted.held)
+    return np.bincount(mine.item[there], np.minimum(mine.count[there], most[place[there]]), items)
 
 
-def _bleu(counts: list[list[int]], length: int, reference_length: int) -> list[float]:
+def _bleu(right: np.ndarray, every: np.ndarray, length: np.ndarray, reference_length: np.ndarray) -> np.ndarray:
+    """``(I, 4)`` of counts ``(I, 4)`` and lengths ``(I,)``."""
     ratio = (length + TINY) / (reference_length + SMALL)
-    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    product, found = 1.0, []
-    for n, (right, every) in enumerate(counts):
-        product *= (right + TINY) / (every + SMALL)
-        found.append(product ** (1 / (n + 1)) * brevity)
+    brevity = np.exp(np.minimum(1 - 1 / ratio, 0))
+    product = np.cumprod((right + TINY) / (every + SMALL), 1)
+    found: np.ndarray = product ** (1 / np.arange(1, N + 1)) * brevity[:, None]
     return found
 
 
@@ -88,7 +82,10 @@ def rouge_l(candidate: str, references: Sequence[str]) -> float:
     """F-measure of the longest common subsequence (Lin 2004); best precision and best recall over the references may
     come from different ones, as in coco-caption."""
     words = candidate.split(" ")
-    common = [(_common(words, side := ref.split(" ")), len(side)) for ref in references]
+    places: dict[str, int] = {}
+    for number, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << number
+    common = [(_common(places, len(words), side := ref.split(" ")), len(side)) for ref in references]
     precision = max(both / len(words) for both, _ in common)
     recall = max(both / size for both, size in common)
     if not precision or not recall:
@@ -96,62 +93,36 @@ def rouge_l(candidate: str, references: Sequence[str]) -> float:
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
-def _common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(second) + 1)
-    for word in first:
-        diagonal = 0
-        for i, other in enumerate(second):
-            diagonal, row[i + 1] = row[i + 1], diagonal + 1 if word == other else max(row[i], row[i + 1])
-    return row[-1]
+def _common(places: dict[str, int], length: int, other: Sequence[str]) -> int:
+    """Length of the longest common subsequence of ``other`` and a text of ``length`` words, whose bits ``places`` has
+    for each word: a row of the table is one number, whose zeros are the steps (Hyyrö 2004)."""
+    full = row = (1 << length) - 1
+    for word in other:
+        hits = row & places.get(word, 0)
+        row = (row + hits | row - hits) & full
+    return length - row.bit_count()
 
 
-def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each item (Vedantam et al. 2015, section 6): clipped TF-IDF n-grams, a penalty for other lengths."""
-    cooked = [[_ngrams(ref.split()) for ref in refs] for refs in references]
-    holds = Counter(ngram for refs in cooked for ngram in set().union(*refs))
-    everything = math.log(len(references))
-
-    def vector(counts: Counter[Ngram]) -> _Vector:
-        weights = {ngram: n * (everything - math.log(max(1, holds[ngram]))) for ngram, n in counts.items()}
-        squares = [math.fsum(w * w for ngram, w in weights.items() if len(ngram) == n + 1) for n in range(N)]
-        bigrams = sum(count for ngram, count in counts.items() if len(ngram) == 2)
-        return _Vector(weights, [math.sqrt(square) for square in squares], bigrams)
-
-    scores = []
-    for candidate, refs in zip(candidates, cooked):
-        ours = vector(_ngrams(candidate.split()))
-        likeness = [_likeness(ours, vector(ref)) for ref in refs]
-        scores.append(10 * math.fsum(likeness) / len(refs))
-    return scores
+def cider_d(counts: NgramCounts) -> np.ndarray:
+    """CIDEr-D of each item, float64 ``(I,)`` (Vedantam et al. 2015, section 6): clipped TF-IDF n-grams, a penalty for
+    other lengths, the mean over n and over references."""
+    likeness = np.zeros(len(counts.item))
+    for counted in counts.of_length:
+        likeness += _cosines(counted, counts.item)
+    bigrams = [np.maximum(lengths - 1, 0) for lengths in (counts.candidate_lengths, counts.reference_lengths)]
+    likeness *= np.exp(-((bigrams[0][counts.item] - bigrams[1]) ** 2) / (2 * SIGMA**2)) / N
+    items = len(counts.candidate_lengths)
+    return 10 * np.bincount(counts.item, likeness, items) / np.bincount(counts.item, minlength=items)
 
 
-@dataclass(frozen=True)
-class _Vector:
-    """TF-IDF weights of all n-grams; norms for each n; bigrams: how many, the measure of length."""
-
-    weights: dict[Ngram, float]
-    norms: list[float]
-    bigrams: int
-
-
-def _likeness(ours: _Vector, reference: _Vector) -> float:
-    """Mean over n of the clipped cosines, times a Gaussian of the difference in length."""
-    dots = [0.0] * N
-    for ngram, weight in ours.weights.items():
-        other = reference.weights.get(ngram, 0.0)
-        dots[len(ngram) - 1] += min(weight, other) * other
-    norms = [a * b for a, b in zip(ours.norms, reference.norms)]
-    cosines = [dot / norm if norm else dot for dot, norm in zip(dots, norms)]
-    return math.exp(-((ours.bigrams - reference.bigrams) ** 2) / (2 * SIGMA**2)) * sum(cosines) / N
-
-
-def _ngrams(words: Sequence[str]) -> Counter[Ngram]:
-    """How often each n-gram, n = 1..4, occurs."""
-    return Counter(_windows(words))
-
-
-def _windows(words: Sequence[str]) -> Iterable[Ngram]:
-    for n in range(1, N + 1):
-        for start in range(len(words) - n + 1):
-            yield tuple(words[start : start + n])
+def _cosines(counted: Counted, item: np.ndarray) -> np.ndarray:
+    """Clipped cosine ``(R,)`` of each reference with the candidate of its item; 0 where one has no weight."""
+    mine, theirs, items, references = counted.candidates, counted.references, int(item[-1]) + 1, len(item)
+    holds = np.bincount(counted.held % counted.kinds, minlength=counted.kinds)
+    idf = math.log(items) - np.log(np.maximum(holds, 1))
+    ours, others = mine.count * idf[mine.ngram], theirs.count * idf[theirs.ngram]
+    place, there = find(counted.keys(theirs), counted.keys(mine))
+    shared = others[there]
+    dots = np.bincount(theirs.text[there], np.minimum(ours[place[there]], shared) * shared, references)
+    norms = np.sqrt(np.bincount(mine.item, ours**2, items)[item] * np.bincount(theirs.text, others**2, references))
+    return np.divide(dots, norms, out=np.zeros(references), where=norms > 0)
