@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,36 @@ def test_compositional(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert page.count("data:image/png") >= 3
     assert "&lt;b&gt;blue" in page
     assert "<b>blue" not in page
+
+
+def test_compositional_with_exchanged_pictures(folder: Path, tmp_path: Path) -> None:
+    """Captions that tell of their pictures do not, with those of others."""
+    names = ("hat/0.png", "hat/1.png", "shoe<b>/2.png")
+    rows = [
+        {"image": name, "caption": f"a red {'hat ' * n}", "negative_caption": "a photo"} for n, name in enumerate(names)
+    ]
+    other = [row | {"image": name} for row, name in zip(rows, names[1:] + names[:1], strict=True)]
+    held = {}
+    for kind, items, flags in (("own", rows, []), ("hand", other, []), ("control", rows, ["--exchange-pictures"])):
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
+        arguments = ["eval", "compositional", "--model", str(folder / "model"), "--images", str(folder / "classes")]
+        arguments += [
+            "--data",
+            str(tmp_path / f"{kind}.jsonl"),
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / kind),
+            *flags,
+        ]
+        assert main(arguments) == 0
+        page = (tmp_path / kind / "report.html").read_text(encoding="utf-8")
+        held[kind] = sorted(re.findall(r"against: a photo \(([^)]*)\)", page))
+    assert held["control"] == held["hand"] != held["own"]
+    found = json.loads((tmp_path / "control" / "compositional.json").read_text(encoding="utf-8"))
+    assert found["notes"] == [
+        "control: every text has the pictures of another one, so what is right here needs no pictures"
+    ]
 
 
 def test_zeroshot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

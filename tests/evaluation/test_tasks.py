@@ -19,6 +19,7 @@ from imglish.data.tasks import TaskData
 from imglish.data.tasks.examples import Example
 from imglish.data.tokenizers import Tokenizer
 from imglish.evaluation.encoding import Machine
+from imglish.evaluation.exchanging import exchanged
 from imglish.evaluation.tasks import TASKS
 from imglish.evaluation.tasks.run import evaluate_task
 from imglish.models.heads import HeadConfig, with_head
@@ -180,6 +181,29 @@ def test_models_without_the_head_are_refused(folder: Path, tmp_path: Path, capsy
     words = [word if word != "vqa" else "entailment" for word in command(folder, tmp_path / "out")]
     assert main(words) == 2
     assert "has a head for vqa, not for entailment" in capsys.readouterr().err
+
+
+def test_exchanged_pictures_are_those_of_other_questions(folder: Path, tmp_path: Path) -> None:
+    assert exchanged("aabcad") == list("ccdacb")
+    with pytest.raises(ValueError, match="all texts show the same"):
+        exchanged(["a", "a"])
+    lines = [json.loads(line) for line in (folder / "vqa.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line, image in zip(lines, exchanged([line["image"] for line in lines]), strict=True):
+        line["image"] = image
+    (tmp_path / "vqa.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    by_hand = [
+        *command(folder, tmp_path / "hand"),
+        "--data",
+        str(tmp_path / "vqa.jsonl"),
+        "--images",
+        str(folder / "images"),
+    ]
+    assert main(by_hand) == 0
+    assert main([*command(folder, tmp_path / "control"), "--exchange-pictures"]) == 0
+    assert said(tmp_path / "control") == said(tmp_path / "hand")
+    assert main(command(folder, tmp_path / "own")) == 0
+    assert said(tmp_path / "own") != said(tmp_path / "hand")
+    assert "control: every text has the pictures of another one" in (tmp_path / "control" / "vqa.json").read_text()
 
 
 def test_a_suite_is_one_table_and_continues(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

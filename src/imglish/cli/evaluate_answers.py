@@ -48,6 +48,7 @@ def add_jobs(jobs: Any) -> None:
             add("--variant", default="official_2021", help="of the VQA accuracy (default: official_2021)")
         add("--held-out", type=float, metavar="SHARE", help="only what a training with this task.hold_out left out")
         add("--limit", type=int, help="only the first so many examples")
+        add("--exchange-pictures", action="store_true", help="a control: what does the text alone give?")
         add("--max-errors", type=float, default=0.01, metavar="SHARE", help="of bad examples (default: 0.01)")
         add("--batch", type=int, default=64, help="examples at a time (default: 64)")
         add("--precision", choices=("float32", "bfloat16"), default="float32")
@@ -57,10 +58,13 @@ def add_jobs(jobs: Any) -> None:
 
 def answers(arguments: argparse.Namespace) -> int:
     """Measure one task."""
+    from dataclasses import replace
+
     from imglish.checkpoints.native import CheckpointError, load
     from imglish.data.errors import FILE, Errors
     from imglish.data.tasks.examples import TaskData, hold_out
     from imglish.evaluation.encoding import Machine
+    from imglish.evaluation.exchanging import EXCHANGED, exchanged
     from imglish.evaluation.tasks import TASKS as KNOWN
     from imglish.evaluation.tasks.answering import answerer
     from imglish.evaluation.tasks.report import task_report
@@ -92,6 +96,9 @@ def answers(arguments: argparse.Namespace) -> int:
         if arguments.held_out is not None:
             examples = hold_out(examples, arguments.held_out, True)
         examples = examples[: arguments.limit]
+        if arguments.exchange_pictures:
+            shown = exchanged([example.images for example in examples])
+            examples = [replace(example, images=images) for example, images in zip(examples, shown, strict=True)]
         trained = loaded.meta.get("recipe", {}).get("data", {})
         words = cleaning(loaded.tokenizer, trained.get("clean", "none"), trained.get("max_words", 50))
         machine = Machine(image_block=arguments.batch, precision=arguments.precision)
@@ -107,6 +114,8 @@ def answers(arguments: argparse.Namespace) -> int:
             errors=errors,
             **rule,
         )
+        if arguments.exchange_pictures:
+            result = replace(result, notes=(EXCHANGED, *result.notes))
         first = rank() == 0
     if first:
         print(result.text())

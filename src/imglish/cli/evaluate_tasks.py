@@ -67,6 +67,7 @@ def add_jobs(jobs: Any) -> None:
     suite.add_argument("--model", required=True, help="folder of an exported model")
     suite.add_argument("--data", required=True, help="file of items, or a folder of such files")
     suite.add_argument("--images", help="folder of the pictures (default: where the file lies)")
+    suite.add_argument("--exchange-pictures", action="store_true", help="a control: what do captions alone give?")
     suite.add_argument("--least", type=int, default=1, help="items that a group needs to count in the mean (ARO: 25)")
     _add_max_errors(suite)
     _add_scoring(suite)
@@ -128,8 +129,11 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def compositional(arguments: argparse.Namespace) -> int:
     """``imglish eval compositional``; the exit status."""
+    from dataclasses import replace
+
     from imglish.data.errors import FILE, Errors
     from imglish.evaluation.compositional import evaluate_compositional, read_items
+    from imglish.evaluation.exchanging import EXCHANGED, exchanged
     from imglish.evaluation.retrieval import record_loader
     from imglish.evaluation.task_reports import compositional_report
     from imglish.objectives.gather import rank
@@ -141,9 +145,14 @@ def compositional(arguments: argparse.Namespace) -> int:
         errors = Errors(arguments.max_errors, file, what="items")
         images = Path(arguments.images) if arguments.images else None
         items = read_items(Path(arguments.data), images, errors)
+        if arguments.exchange_pictures:
+            shown = exchanged([item.pictures for item in items])
+            items = [replace(item, pictures=pictures) for item, pictures in zip(items, shown, strict=True)]
         model = loaded.model.to(device)
         load = record_loader(model)
         result = evaluate_compositional(model, _cleaning(loaded), items, load, machine, rule, arguments.least)
+        if arguments.exchange_pictures:
+            result = replace(result, notes=[EXCHANGED, *result.notes])
         first = rank() == 0
     if first:
         facts = {"model": arguments.model, "data": arguments.data, "items left out": len(errors)}
