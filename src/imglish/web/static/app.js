@@ -20,6 +20,7 @@ const SAY = {
     notReranked: why => `Shown by the first look alone: ${why}`,
     moved: n => n > 0 ? `moved up ${n}` : `moved down ${-n}`,
     from: (now, before) => now === before ? `${now}` : `${now} (first look: ${before})`,
+    uncalibrated: share => `${share} (not calibrated)`, note: (text, notes) => `${text}. ${notes.join("; ")}`,
     examples: ["a dog in the snow", "children playing", "black top, white trousers"],
     errors: {
       busy: "The server is busy. Try again in a moment.", key: "This server needs an API key.",
@@ -47,6 +48,7 @@ const SAY = {
     notReranked: why => `仅按初步结果排列：${why}`,
     moved: n => n > 0 ? `上升 ${n} 位` : `下降 ${-n} 位`,
     from: (now, before) => now === before ? `${now}` : `${now}（初步：${before}）`,
+    uncalibrated: share => `${share}（未校准）`, note: (text, notes) => `${text}。${notes.join("；")}`,
     examples: ["雪地里的狗", "玩耍的孩子", "黑色上衣，白色裤子"],
     errors: {
       busy: "服务器正忙，请稍后再试。", key: "此服务器需要 API 密钥。",
@@ -154,7 +156,7 @@ function tell() {
     const seconds = last.seconds.toFixed(2);
     status.textContent = !last.last ? say.towers(last.total, seconds)
       : last.reranked ? say.reranked(last.total, last.reranked, seconds) : say.done(last.total, seconds);
-    if (last.notes.length) status.textContent += `. ${last.notes.map(noted).join("; ")}`;
+    if (last.notes.length) status.textContent = say.note(status.textContent, last.notes.map(noted));
     el("next").hidden = !last.more || !last.last;
     if (!hits.length && last.no_good_match) note(say.weak, say.weakText(el("least").value));
     else if (!hits.length) note(say.none, say.noneText);
@@ -293,7 +295,7 @@ function show(found, waiting) {
 
 function badge(item, hit) {
   const parts = [];
-  if (hit.match !== null) parts.push(make("span", { textContent: percent(hit.match), title: say.match }));
+  if (hit.match !== null) parts.push(make("span", { textContent: percent(hit.match), title: `${say.match} ${matched(hit)}` }));
   if (hit.moved) parts.push(make("span", {
     className: hit.moved > 0 ? "up" : "down", title: say.moved(hit.moved),
     textContent: (hit.moved > 0 ? "▲" : "▼") + Math.abs(hit.moved),
@@ -302,6 +304,7 @@ function badge(item, hit) {
 }
 
 const percent = share => `${Math.round(100 * share)} %`;
+const matched = hit => info?.calibrated ? percent(hit.match) : say.uncalibrated(percent(hit.match));
 const aspect = hit => Math.min(3.5, Math.max(0.4, hit.width && hit.height ? hit.width / hit.height : 4 / 3));
 
 // Rows of one height that fill the width, each picture in its own shape.
@@ -443,7 +446,7 @@ function facts(hit) {
   el("captions").replaceChildren(...captions.map(text => make("li", { textContent: text })));
   const rows = [
     [say.place, hit.rank ? say.from(hit.rank, hit.rank_before) : ""],
-    [say.match, typeof hit.match === "number" ? percent(hit.match) : ""],
+    [say.match, typeof hit.match === "number" ? matched(hit) : ""],
     [say.cosine, typeof hit.cosine === "number" ? hit.cosine.toFixed(3) : ""],
     [say.date, hit.date], [say.size, hit.width ? `${hit.width} × ${hit.height}` : ""],
     [say.tags, hit.tags.join(", ")], [say.duplicate, hit.duplicate_of], [say.file, hit.key],
