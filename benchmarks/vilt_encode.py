@@ -18,7 +18,7 @@ from transformers import ViltConfig as PeerConfig
 from transformers import ViltModel
 
 from benchmarks.common import arguments, machine, measure, megabytes, milliseconds, table
-from imglish.checkpoints.vilt import convert_transformers
+from imglish.checkpoints.hf_vilt import convert
 from imglish.data.batch import TextBatch
 from imglish.data.patches import PatchBatch
 from imglish.models.vilt import Pairs, Vilt, vilt_base
@@ -32,7 +32,7 @@ def build(depth: int) -> tuple[Vilt, Any]:
     peer = ViltModel(PeerConfig(num_hidden_layers=depth, max_image_length=-1)).eval()
     config = vilt_base()
     ours = type(config)(image=config.image, depth=depth).build().eval()
-    ours.load_state_dict(convert_transformers(peer.state_dict(), ours.state_dict()).state)
+    ours.load_state_dict(ours.state_dict() | convert(peer.state_dict(), ours.state_dict()).state)
     return ours, peer
 
 

@@ -19,7 +19,8 @@ Draw scenes of people in coloured garments and write pictures and captions to a 
 Training captions often leave things out; beside each stands a "swapped" one with a colour in the wrong place. The
 splits "seen" and "heldout" are for evaluation: their captions are complete, every picture is followed by its
 distractor, and what "heldout" shows (colour pairs of top and trousers) training never shows or says. quadruples.jsonl
-asks who wears what, queries.jsonl holds searches. Noisy captions are named in the field "noise".
+asks who wears what, queries.jsonl holds searches. The field "noise" says what is wrong with each caption, nothing for a
+true one.
 """
 
 

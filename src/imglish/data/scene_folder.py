@@ -67,7 +67,7 @@ def _rows(
         name, scene = f"train/scene-{number:05d}.png", source.training_scene(number)
         captions = source.training_captions(number)
         _draw(scene, source.config.size, folder / "images" / name)
-        yield _row(name, "train", captions, scene, noisy=source.config.noise.any)
+        yield _row(name, "train", captions, scene) | {"noise": [caption.noise for caption in captions]}
     for split, made in benchmarks.items():
         for record, scene in zip(made.records, made.scenes, strict=True):
             _draw(scene, source.config.size, folder / "images" / _name(split, record))
@@ -75,13 +75,11 @@ def _rows(
             yield _row(_name(split, record), split, captions, scene)
 
 
-def _row(name: str, split: str, captions: list[SceneCaption], scene: Scene, noisy: bool = False) -> dict[str, Any]:
+def _row(name: str, split: str, captions: list[SceneCaption], scene: Scene) -> dict[str, Any]:
     row: dict[str, Any] = {"image": name, "split": split, "captions": [caption.text for caption in captions]}
     if all(caption.swapped for caption in captions):
         row["swapped"] = [caption.swapped for caption in captions]
     row["languages"] = [caption.language for caption in captions]
-    if noisy:
-        row["noise"] = [caption.noise for caption in captions]
     row["people"] = [{"kind": person.kind, **dict(person.worn())} for person in scene.people]
     row["things"] = [dict(thing.worn()) for thing in scene.things]
     return row
