@@ -57,6 +57,15 @@ def folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def require_writable(path: Path) -> None:
+    """OSError where no folder could be made or filled at ``path``, so that work without a place for it is not begun."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write to {path}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to {path}: {there} is not open for writing")
+
+
 def recover(path: Path) -> None:
     """Bring back the old folder if a kill came between renaming it aside and renaming the new one into its place."""
     old = path.with_name(path.name + REPLACED)

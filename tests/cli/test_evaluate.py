@@ -47,6 +47,16 @@ def _arguments(folder: Path, model: str = "albef-tiny") -> list[str]:
     ]
 
 
+def test_a_place_for_results_that_cannot_be_written_is_said_before_any_work(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "captions.jsonl"
+    assert main([*_arguments(folder), "--out", str(file / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"imglish eval: cannot write to {file / 'out'}: {file} is not a folder\n"
+
+
 def test_tables_json_and_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*_arguments(folder), "--rerank", "4", "--sweep", "1,2", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out

@@ -12,6 +12,7 @@ import yaml
 
 from imglish import __version__
 from imglish.cli import COMMANDS, main
+from imglish.training.journal import Journal
 from tests.training.support import recipe, records
 
 
@@ -74,3 +75,23 @@ def test_mistakes_end_with_status_2(
     assert main(["train", str(recipe_file), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (recipe_file.parent / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--check"]])
+def test_an_output_that_cannot_be_written_is_said_before_any_work(
+    recipe_file: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe_file.parent / "captions.jsonl"
+    assert main(["train", str(recipe_file), f"output={file / 'run'}", "data.train=nowhere", *more]) == 2
+    assert f"imglish train: output: cannot write to {file / 'run'}: {file} is not a folder" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_in_a_run_ends_it_with_a_message(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "log.jsonl")
+
+    monkeypatch.setattr(Journal, "write", full)
+    assert main(["train", str(recipe_file), "schedule.steps=6"]) == 1
+    assert "imglish train: [Errno 28] No space left on device: 'log.jsonl'" in capsys.readouterr().err

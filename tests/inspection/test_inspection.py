@@ -267,6 +267,16 @@ def test_the_command_finds_it_all(messy: Path, capsys: pytest.CaptureFixture[str
     assert page.count("<svg") >= 1
 
 
+def test_a_place_for_results_that_cannot_be_written_is_said_first(
+    messy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = messy / "captions.jsonl"
+    assert main(["data", "inspect", str(file), "--out", str(file / "out"), "--workers", "1"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"cannot write to {file / 'out'}: {file} is not a folder" in said.err
+
+
 def test_several_sources_are_compared_like_splits(messy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = (messy / "captions.jsonl").read_text().splitlines()
     (messy / "one.jsonl").write_text("\n".join(row for row in rows[:3]))

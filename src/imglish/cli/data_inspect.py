@@ -52,11 +52,13 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     logging.getLogger("imglish.data.errors").setLevel(logging.ERROR)  # everything that is broken is counted and listed
 
+    from imglish.atomic import require_writable
     from imglish.data.errors import DataError
     from imglish.inspection.page import page_of, text_of
     from imglish.inspection.survey import survey
 
     try:
+        require_writable(arguments.out)
         portions = [portion for source in arguments.sources for portion in _portions(source, arguments)]
         found = survey(portions, arguments.pictures, arguments.workers, _progress(arguments.quiet))
         print(text_of(found))

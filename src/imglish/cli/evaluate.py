@@ -105,12 +105,14 @@ def main(argv: Sequence[str]) -> int:
     """Status: 0 done, 1 a picture or the disk failed, 2 wrong arguments, model or data."""
     arguments = _parser().parse_args(argv)
 
+    from imglish.atomic import require_writable
     from imglish.checkpoints.native import CheckpointError
     from imglish.data.images import ImageError
     from imglish.models.capabilities import MissingCapabilityError
     from imglish.training.settings import SettingsError
 
     try:
+        require_writable(Path(arguments.out))
         return _JOBS[arguments.job](arguments)
     except (CheckpointError, MissingCapabilityError, SettingsError, FileNotFoundError, ValueError) as error:
         print(f"imglish eval: {error}", file=sys.stderr)

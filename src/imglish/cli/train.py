@@ -71,7 +71,7 @@ def run(command: str, description: str, argv: Sequence[str]) -> int:
     except (SettingsError, ResumeError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, LossNotFinite, ImageError, DataError) as error:
+    except (CheckpointError, LossNotFinite, ImageError, DataError, OSError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 1
     return say(result)

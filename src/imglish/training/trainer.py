@@ -92,6 +92,7 @@ def train(
 
 def check(recipe: Recipe) -> list[str]:
     """What ``recipe`` would do, in lines of text, without training: the data are read, the model is built."""
+    _require_output(Path(recipe.output))
     work = work_of(recipe)
     found = plan(recipe, work.items, queue_size=_queue_size(recipe, work.materials.config))
     model = work.new_model()
@@ -105,6 +106,13 @@ def check(recipe: Recipe) -> list[str]:
         f"{found.steps} steps, {found.steps_per_epoch} an epoch, validation every {found.validate_every}",
         "the recipe can run",
     ]
+
+
+def _require_output(folder: Path) -> None:
+    try:
+        atomic.require_writable(folder)
+    except OSError as error:
+        raise SettingsError("output", str(error)) from error
 
 
 def _queue_size(recipe: Recipe, config: Any) -> int:
@@ -143,6 +151,7 @@ class Run:
         self.folder = Path(recipe.output)
 
         # ---- what was here before, and what there is to work with ----
+        _require_output(self.folder)
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", recipe.checkpoint.keep)
         resumed = self.checkpoints.load(self._newest_step())
         errors_file = self.folder / (ERRORS if rank() == 0 else f"errors-{rank()}.csv")
