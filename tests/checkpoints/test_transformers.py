@@ -21,6 +21,7 @@ from imglish.checkpoints.native import CheckpointError, Loaded
 from imglish.data.batch import TextBatch
 from imglish.generation.config import GenerationConfig
 from imglish.generation.engine import generate
+from imglish.models.capabilities import EncodedImages
 from imglish.models.vilt import Pairs
 from imglish.nn.segments import Ragged
 from tests.checkpoints import official
@@ -132,6 +133,33 @@ def blip_captions(theirs: Any, loaded: Loaded, images: Tensor) -> dict[str, tupl
     return {"ids": (expected, padded)}
 
 
+def padded(rows: list[list[int]]) -> Tensor:
+    return torch.tensor([row + [0] * (12 - len(row)) for row in rows])
+
+
+def blip_answers(theirs: Any, loaded: Loaded, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Question by question: theirs lets the decoder look at what fills a question up."""
+    model: Any = loaded.model
+    form, made, expected, logits, written = model.caption_form(), [], [], [], []
+    for row, image in zip(loaded.tokenizer.encode(TEXTS), images[:, None], strict=True):
+        states = model.questions([image], TextBatch.of([row]))
+        encoded = EncodedImages(states.rows.new_zeros(1, 0), states)
+        [(best,)] = generate(model, encoded, [[form.start]], END, GenerationConfig(beams=3, max_length=10), [""])
+        made.append([form.start, *best.ids, *([END] if best.ended else [])])
+        question = torch.tensor([[model.config.encode_id, *row[1:]]])  # as BLIP was trained; theirs takes what it gets
+        (found,) = theirs.generate(question, image, max_length=10, num_beams=3).tolist()
+        expected.append(found)
+        answer = torch.tensor([[form.start, 5, 6]])
+        seen = theirs.text_encoder(question, encoder_hidden_states=theirs.vision_model(image)[0])[0]
+        logits.append(theirs.text_decoder(answer, encoder_hidden_states=seen).logits[0, -1])
+        state = model.start_captions(encoded, 4)
+        written.append(model.continue_captions(state, TextBatch.of(answer.tolist()))[0])
+    return {
+        "ids": (padded(expected), padded(made)),
+        "logits": (torch.stack(logits), torch.stack(written)),
+    }
+
+
 def vilt_config(**changes: Any) -> Any:
     return transformers.ViltConfig(
         **SIZES,
@@ -177,6 +205,7 @@ LAYOUTS: dict[str, tuple[Callable[[], Any], Compute, str, int]] = {  # class -> 
     ),
     "BlipForImageTextRetrieval": (blip_config, blip_matching, "hf-blip", 32),
     "BlipForConditionalGeneration": (blip_config, blip_captions, "hf-blip", 32),
+    "BlipForQuestionAnswering": (blip_config, blip_answers, "hf-blip-vqa", 32),
 }
 KINDS = {"ViltForImageAndTextRetrieval": "matching", "BlipForConditionalGeneration": "captioning"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -34,9 +35,13 @@ def drawn(build: Callable[[], nn.Module], wanted: Callable[[str, nn.Parameter], 
             return None
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    with torch.random.fork_rng(devices=[]), _Registered(away):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _Registered(away):
+        warnings.filterwarnings("ignore", ".*which is a no-op")  # parts that begin as copies of others
         torch.manual_seed(_SEED)
-        return build()
+        model = build()
+    left = [name for name, held in model.named_parameters() if held.is_meta and wanted(name, held)]
+    assert not left, f"{left[:3]} were never registered by a module: copied from what is not there"
+    return model
 
 
 class _Registered:

@@ -111,14 +111,19 @@ def _entails(_: Source) -> HeadConfig:
 
 
 def _writes(source: Source) -> HeadConfig:
-    """Answers that are written; the candidates to choose among are no part of the file."""
-    return HeadConfig("vqa", "answers", source.classes or ("yes", "no"))
+    """Answers that are written; the candidates to choose among are no part of the weights."""
+    return HeadConfig("vqa", "answers", _names(source) or ("yes", "no"))
+
+
+def _names(source: Source) -> tuple[str, ...]:
+    """Names of the answers: given, or of the settings beside the weights, or none."""
+    labels = (source.settings or {}).get("id2label") or {}
+    return source.classes or tuple(labels[str(number)] for number in range(len(labels)))
 
 
 def _named(source: Source, count: int) -> tuple[str, ...]:
-    """Names of ``count`` answers: given, or of the settings beside the weights, else their numbers."""
-    labels = (source.settings or {}).get("id2label") or {}
-    names = source.classes or tuple(labels[str(number)] for number in range(len(labels)))
+    """Names of ``count`` answers, their numbers where they have none."""
+    names = _names(source)
     if not names:
         return tuple(str(number) for number in range(count))
     if len(names) != count:

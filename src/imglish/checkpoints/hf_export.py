@@ -101,7 +101,9 @@ def _layouts(loaded: Loaded) -> dict[str, Layout]:
         if config.pool == "map":
             return {"siglip": _SIGLIP}
         return {"chinese-clip": _CHINESE} if isinstance(config.text, BertConfig) else {"clip": _CLIP}
-    if config.family == "blip" and not isinstance(model, TaskModel):
+    if config.family == "blip":
+        if isinstance(model, TaskModel):
+            return {"answers": _BLIP_ANSWERS} if model.head.form == "answers" else {}
         return {"matching": _MATCHING, "captioning": _CAPTIONING}
     if config.family == "vilt":
         if isinstance(model, TaskModel):
@@ -251,6 +253,7 @@ _CAPTIONING = Layout(
     hf_blip.config_from_json,
     lambda config: hf_blip.table(config, Parts(encoder=False, temperature=False)),
 )
+_BLIP_ANSWERS = Layout("BlipForQuestionAnswering", _blip, hf_blip.config_from_json, hf_blip.vqa_table, inner="inner.")
 _VILT_WORDS = Layout("ViltForMaskedLM", _vilt, _vilt_again(False), lambda _: hf_vilt.table(with_words=True))
 _VILT_RANKING = Layout(
     "ViltForImageAndTextRetrieval", _vilt, _vilt_again(False), lambda _: hf_vilt.table(False, with_ranking=True)
