@@ -6,7 +6,7 @@ Official order (ALBEF's and BLIP's ``rank_answer``): the first word of every can
 padded to the longest candidate of the list, the question's states repeated for each of them, their keys and values
 projected for each, logits over the vocabulary at every position. Ours: keys and values once a question, beginnings
 that candidates share once, no padding, logits where a token is asked for. Both rank the same 128 by the same
-log-probabilities, which is checked. The decoder has the published size (12 layers) unless --layers says otherwise;
+log-probabilities, which is checked. The decoder has the published size (12 layers of BLIP; ALBEF has --layers 6);
 weights are random; answers have the lengths of VQA v2's list (most have one word, the longest eight tokens). Question
 and picture are encoded before.
 """
@@ -66,7 +66,8 @@ def official(decoder: AnswerDecoder, questions: Ragged, answers: list[list[int]]
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--questions", type=int, default=4)
+    parser.set_defaults(repeats=3)
+    parser.add_argument("--questions", type=int, default=2)
     parser.add_argument("--words", type=int, default=12, help="tokens of a question")
     parser.add_argument("--candidates", type=int, default=3000)
     parser.add_argument("--shortlist", type=int, default=128)

@@ -55,6 +55,7 @@ def test_questions_as_lines(folder: Path) -> None:
         ({**GOOD, "image": "none.png"}, "missing picture", "x.jsonl:2: there is no"),
         ({**GOOD, "image": "../secret.png"}, "outside", "x.jsonl:2: the picture '../secret.png' lies outside"),
         ({**GOOD, "image": "/etc/passwd"}, "outside", "x.jsonl:2"),
+        ({**GOOD, "image": "a" * 5000}, "missing picture", "x.jsonl:2: there is no"),
         ({"image": "a.png", "answers": ["dog"]}, "wrong layout", "x.jsonl:2: no field 'question'"),
         ({**GOOD, "question": " "}, "wrong layout", "x.jsonl:2: the field 'question' holds an empty text"),
         ([1, 2], "wrong layout", "x.jsonl:2: a list in place of an object"),
@@ -74,6 +75,10 @@ def test_what_is_wrong_is_counted_and_named(folder: Path, entry: Any, reason: st
 def test_files_that_are_no_data(folder: Path) -> None:
     with pytest.raises(DataError, match=r"x\.jsonl:2: not JSON"):
         read("vqa", lines(folder, GOOD, "{"))
+    with pytest.raises(DataError, match=r"x\.jsonl:1: JSON that is nested too deeply"):
+        read("vqa", lines(folder, "[" * 100_000))
+    with pytest.raises(DataError, match=r"x\.json:3: not JSON"):
+        read("nlvr2", lines(folder, "{", '"a": 1,', "}", name="x.json"))
     with pytest.raises(DataError, match="cannot be read"):
         read("vqa", folder / "nothing.jsonl")
     with pytest.raises(DataError, match=r"of split 'test' that can be used .*its splits: val"):
@@ -86,20 +91,23 @@ def test_the_two_files_of_vqa_v2(folder: Path) -> None:
     pictures = folder / "images" / "train2014"
     pictures.mkdir()
     Image.new("RGB", (8, 8)).save(pictures / "COCO_train2014_000000000009.jpg")
-    questions = [{"image_id": 9, "question": "Is it?", "question_id": n} for n in (90, 91)]
+    questions = [{"image_id": 9, "question": "Is it?", "question_id": n} for n in (90, 91, 92)]
     head = {"data_subtype": "train2014", "questions": questions}
     path = lines(folder, head, name="v2_OpenEnded_mscoco_train2014_questions.json")
     people = [{"answer": "yes", "answer_id": n} for n in range(10)]
     held = [{"question_id": 90, "answers": people, "answer_type": "yes/no"}]
+    held += [{"question_id": 90, "answers": people[:1]}, {"answers": people}, {"question_id": 92, "answers": people}]
     lines(folder, {"annotations": held}, name="v2_mscoco_train2014_annotations.json")
-    found, errors = read("vqa", path)
-    assert [(example.key, example.kind, len(example.answers)) for example in found] == [("90", "yes/no", 10)]
-    assert found[0].shows == "9"
-    assert errors.counts == {"no answers": 1}
-    assert "entry 2" in errors.named[0].message
+    examples, errors = read("vqa", path)
+    found = [(example.key, example.kind, len(example.answers)) for example in examples]
+    assert found == [("90", "yes/no", 10), ("92", "", 10)]
+    assert examples[0].shows == "9"
+    assert errors.counts == {"comes twice": 1, "wrong layout": 1, "no answers": 1}
+    assert "annotations.json, entry 2: question 90" in errors.named[0].message
+    assert "questions.json, entry 2: " in errors.named[2].message
     (folder / "v2_mscoco_train2014_annotations.json").unlink()
-    found, _ = read("vqa", path)
-    assert found[0].answers == ()
+    examples, _ = read("vqa", path)
+    assert examples[0].answers == ()
 
 
 def test_statements(folder: Path) -> None:
@@ -110,7 +118,8 @@ def test_statements(folder: Path) -> None:
     for number in (0, 1):
         Image.new("RGB", (8, 8)).save(folder / "images" / f"dev-850-0-img{number}.png")
     official = {"identifier": "dev-850-0-1", "sentence": "Both.", "label": "False", "writer": "1"}
-    found, _ = read("nlvr2", lines(folder, official))
+    found, _ = read("nlvr2", lines(folder, official, {**official, "identifier": "dev-850-0-0"}, name="dev.json"))
+    assert [example.place for example in found] == ["dev.json:1", "dev.json:2"]  # lines, whatever the name says
     assert [path.name for path in found[0].images] == ["dev-850-0-img0.png", "dev-850-0-img1.png"]
     assert found[0].shows == "dev-850"
     _, errors = read(

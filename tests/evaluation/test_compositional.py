@@ -35,6 +35,10 @@ SUITES: dict[str, Any] = {
     ],
     "wapped.json": [{"image_1": "a.png", "image_2": "b.png", "caption_1": "w1", "caption_2": "w2"}],
     "cola.json": [["http://host/a.png", "w1", "http://host/b.png", "w2"]],
+    "cola.jsonl": [["http://host/a.png", "w1", "http://host/b.png", "w2"]],
+    "quadruples.jsonl": [
+        {"images": ["a.png", "b.png"], "captions": ["w1", "w2"], "kind": "within", "language": "en", "split": "seen"}
+    ],
 }
 GROUPS = {
     "swap_att.json": "swap_att",
@@ -44,6 +48,8 @@ GROUPS = {
     "winoground.jsonl": "Object",
     "wapped.json": "colorswap",
     "cola.json": "cola",
+    "cola.jsonl": "cola",
+    "quadruples.jsonl": "seen, within, en",
 }
 
 
@@ -60,7 +66,7 @@ def test_layouts(name: str, tmp_path: Path) -> None:
     (item,) = read_items(_write(tmp_path, name, SUITES[name]), None, Errors(0.0, quiet=True))
     assert item.group == GROUPS[name]
     assert item.captions == ("w1", "w2")
-    assert [path.name for path, _ in item.pictures] == (["a.png", "b.png"] if name[0] in "wc" else ["a.png"])
+    assert [path.name for path, _ in item.pictures] == (["a.png", "b.png"] if name[0] in "wcq" else ["a.png"])
     assert item.pictures[0][1] == ((2, 1, 6, 4) if name == "relation.json" else None)
 
 
@@ -68,11 +74,12 @@ def test_a_folder_of_files_and_what_is_wrong_with_them(tmp_path: Path) -> None:
     _write(tmp_path, "swap_att.json", SUITES["swap_att.json"])
     good, bad = {"image": "a.png", "caption": "w1", "negative_caption": "w2"}, {"image": "a.png", "caption": ["w1"]}
     gone = good | {"image": "gone.png"}
-    _write(tmp_path, "more.jsonl", [good, bad, gone, {"image": "a.png", "caption": "w1"}, 7])
+    out = good | {"image": "../a.png"}
+    _write(tmp_path, "more.jsonl", [good, bad, gone, {"image": "a.png", "caption": "w1"}, 7, out])
     errors = Errors(1.0, quiet=True)
-    assert [item.place for item in read_items(tmp_path, None, errors)] == ["more.jsonl:1", "swap_att.json:0"]
-    assert errors.counts == {"wrong layout": 3, "missing picture": 1}
-    assert [problem.key for problem in errors.named] == ["more.jsonl:2", "more.jsonl:3", "more.jsonl:4", "more.jsonl:5"]
+    assert [item.place for item in read_items(tmp_path, None, errors)] == ["more.jsonl:1", "swap_att.json, entry 1"]
+    assert errors.counts == {"wrong layout": 3, "missing picture": 1, "outside": 1}
+    assert [problem.key for problem in errors.named] == [f"more.jsonl:{line}" for line in range(2, 7)]
     with pytest.raises(DataError, match="more than the allowed share"):
         read_items(tmp_path, None, Errors(0.0, quiet=True))
     (tmp_path / "more.jsonl").write_text("{", encoding="utf-8")

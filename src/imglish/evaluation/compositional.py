@@ -8,7 +8,8 @@ Burapacheep et al. 2024).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from imglish.data.errors import DataError, Errors, Problem
+from imglish.data.errors import DataError, Errors, Problem, printable
 from imglish.data.images import decode
 from imglish.data.pictures import Picture
 from imglish.data.records import Record
+from imglish.data.tasks.examples import Unusable, entries_of, picture
 from imglish.evaluation.encoding import DEFAULT_MACHINE, Encodes, Machine
 from imglish.evaluation.metrics import binding_correct, pairwise_correct
 from imglish.evaluation.pairs import score_pairs
@@ -53,38 +55,20 @@ def read_items(path: Path, images: Path | None, errors: Errors) -> list[Item]:
     files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
     items, seen = [], 0
     for file in files:
-        for number, entry in _entries(file):
+        for place, entry in entries_of(file):
             seen += 1
-            place = f"{file.name}:{number}"
             try:
                 item = _item(entry, place, file.stem, images or file.parent)
-                missing = [str(picture) for picture, _ in item.pictures if not picture.is_file()]
+                if missing := [str(shown) for shown, _ in item.pictures if not os.path.isfile(shown)]:
+                    raise Unusable("missing picture", f"there is no {printable(missing[0])}")
+                items.append(item)
             except (KeyError, TypeError, ValueError) as error:
                 what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-                errors.add(Problem(place, "wrong layout", f"{place}: {what}"))
-                continue
-            if missing:
-                errors.add(Problem(place, "missing picture", f"{place}: there is no {missing[0]}"))
-            else:
-                items.append(item)
+                errors.add(Problem(place, getattr(error, "reason", "wrong layout"), f"{place}: {what}"))
     errors.check(seen, seen)
     if not items:
         raise DataError(f"{path}: no item to evaluate on ({errors.summary() or 'no entries'})")
     return items
-
-
-def _entries(file: Path) -> Iterator[tuple[int, Any]]:
-    """Entries with their line (JSON lines) or number."""
-    text = file.read_text(encoding="utf-8")
-    try:
-        if file.suffix == ".jsonl":
-            lines = enumerate(text.splitlines(), 1)
-            yield from ((number, json.loads(line)) for number, line in lines if line.strip())
-        else:
-            held = json.loads(text)
-            yield from enumerate(held.values() if isinstance(held, dict) else held)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: not JSON: {error}") from error
 
 
 def _item(entry: Any, place: str, stem: str, images: Path) -> Item:
@@ -93,15 +77,20 @@ def _item(entry: Any, place: str, stem: str, images: Path) -> Item:
         if len(entry) != 4:
             raise ValueError(f"{len(entry)} parts in place of picture, caption, picture, caption")
         first, one, second, other = (_text(part) for part in entry)
-        return Item(place, "cola", tuple((images / Path(name).name, None) for name in (first, second)), (one, other))
+        names = [name.rpartition("/")[2] for name in (first, second)]
+        return Item(place, "cola", _whole(names, images), (one, other))
     if not isinstance(entry, Mapping):
         raise TypeError(f"{type(entry).__name__} in place of an object or a list")
+    if "images" in entry:  # drawn scenes
+        first, second = entry["images"]
+        one, other = entry["captions"]
+        group = ", ".join(str(entry[name]) for name in ("split", "kind", "language") if name in entry) or stem
+        return Item(place, group, _whole((first, second), images), (_text(one), _text(other)))
     if "caption_0" in entry or "caption_2" in entry:  # Winoground counts from 0, ColorSwap from 1
         suite, both = ("winoground", (0, 1)) if "caption_0" in entry else ("colorswap", (1, 2))
-        names = [_winoground_picture(_text(entry[f"image_{i}"]), images) for i in both]
+        names = [_winoground_name(_text(entry[f"image_{i}"])) for i in both]
         captions = (_text(entry[f"caption_{both[0]}"]), _text(entry[f"caption_{both[1]}"]))
-        group = str(entry.get("collapsed_tag", suite))
-        return Item(place, group, tuple((name, None) for name in names), captions)
+        return Item(place, str(entry.get("collapsed_tag", suite)), _whole(names, images), captions)
     if "true_caption" in entry:  # ARO: a box of the picture is shown
         crop = None
         if "bbox_x" in entry:
@@ -110,15 +99,19 @@ def _item(entry: Any, place: str, stem: str, images: Path) -> Item:
         attributes = entry.get("attributes")
         group = "_".join(map(str, attributes)) if attributes else str(entry.get("relation_name", stem))
         captions = (_text(entry["true_caption"]), _text(entry["false_caption"]))
-        return Item(place, group, ((images / _text(entry["image_path"]), crop),), captions)
-    name = _text(entry["filename"] if "filename" in entry else entry["image"])  # SugarCrepe
+        return Item(place, group, ((picture(images, entry["image_path"]), crop),), captions)
+    name = picture(images, entry["filename"] if "filename" in entry else entry["image"])  # SugarCrepe
     captions = (_text(entry["caption"]), _text(entry["negative_caption"]))
-    return Item(place, str(entry.get("type", stem)), ((images / name, None),), captions)
+    return Item(place, str(entry.get("type", stem)), ((name, None),), captions)
 
 
-def _winoground_picture(name: str, images: Path) -> Path:
+def _whole(names: Sequence[Any], images: Path) -> tuple[tuple[Path, Crop | None], ...]:
+    return tuple((picture(images, name), None) for name in names)
+
+
+def _winoground_name(name: str) -> str:
     """Winoground names its pictures without the suffix of their files."""
-    return images / (name if Path(name).suffix else f"{name}.png")
+    return name if Path(name).suffix else f"{name}.png"
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,7 @@ right one among proposed boxes (RefCOCO, by ALBEF's rule). Both stand beside ans
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from imglish.data.errors import DataError, Errors, Problem
+from imglish.data.errors import DataError, Errors, Problem, printable
 from imglish.data.images import ImageError, decode
 from imglish.data.pictures import picture_of
+from imglish.data.tasks.examples import Unusable, entries_of, picture
 from imglish.evaluation.encoding import DEFAULT_MACHINE, Machine
 from imglish.evaluation.explain import Explanation, Method, ReadsWords, explain_pairs
 from imglish.evaluation.grounding import Box, overlap, points_at, proposal_scores
@@ -65,40 +67,26 @@ def read_references(path: Path, images: Path | None, errors: Errors, template: s
         raise ValueError(f"template {template!r}: expected one {{}}, where the label goes")
     found: list[Reference] = []
     seen = 0
-    for number, entry in _entries(path):
+    for place, entry in entries_of(path):
         seen += 1
-        place = f"{path.name}:{number}"
         try:
             made = list(_references(entry, place, images or path.parent, template))
+            if not os.path.isfile(made[0].image):
+                raise Unusable("missing picture", f"there is no {printable(str(made[0].image))}")
+            found += made
         except (KeyError, TypeError, ValueError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            errors.add(Problem(place, "wrong layout", f"{place}: {what}"))
-            continue
-        if not made[0].image.is_file():
-            errors.add(Problem(place, "missing picture", f"{place}: there is no {made[0].image}"))
-        else:
-            found += made
+            errors.add(Problem(place, getattr(error, "reason", "wrong layout"), f"{place}: {what}"))
     errors.check(seen, seen)
     if not found:
         raise DataError(f"{path}: no reference to evaluate on ({errors.summary() or 'no entries'})")
     return found
 
 
-def _entries(path: Path) -> Iterator[tuple[int, Any]]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            yield from ((n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip())
-        else:
-            yield from enumerate(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-
-
 def _references(entry: Any, place: str, images: Path, template: str) -> Iterator[Reference]:
     if not isinstance(entry, Mapping):
         raise TypeError(f"{type(entry).__name__} in place of an object")
-    image, size = images / _text(entry["image"]), entry.get("orig_size")
+    image, size = picture(images, entry["image"]), entry.get("orig_size")
     if size is not None:
         width, height = size
         size = int(width), int(height)

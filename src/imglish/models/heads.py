@@ -27,9 +27,7 @@ from imglish.models.blip import Blip
 from imglish.models.blip_heads import BlipClassifier, BlipReasoning, BlipVqa
 from imglish.models.capabilities import Embedded, EncodedImages, MissingCapabilityError
 from imglish.models.captioning import CaptionForm, CaptionState
-from imglish.models.vilt import Vilt
 from imglish.models.vilt_heads import ViltAnswers, ViltReasoning
-from imglish.models.vlmo import Vlmo
 from imglish.models.vlmo_heads import VlmoAnswers, VlmoReasoning
 from imglish.nn.segments import Ragged
 from imglish.objectives.gather import global_mean
@@ -185,6 +183,8 @@ class AssignmentModel(TaskModel):
 
 # ---- which families have which head --------------------------------------------------------------------------------
 
+Builder = Callable[[nn.Module, HeadConfig], nn.Module]
+
 
 def _beit3(base: nn.Module, head: HeadConfig) -> nn.Module:
     assert isinstance(base, Beit3)
@@ -212,22 +212,16 @@ def _blip(base: nn.Module, head: HeadConfig) -> nn.Module:
     return BlipReasoning(base, classes, merged, head.pictures)
 
 
-def _vilt(base: nn.Module, head: HeadConfig) -> nn.Module:
-    assert isinstance(base, Vilt)
-    classes = len(head.classes)
-    if head.pictures == 1:
-        return ViltAnswers(base, classes)
-    _more_types(base, 1 + head.pictures)
-    return ViltReasoning(base, head.pictures, classes)
+def _one_stream(one: Callable[..., nn.Module], several: Callable[..., nn.Module]) -> Builder:
+    """Of a family that reads pictures and text in one Transformer (ViLT, VLMo), with a token type a picture."""
 
+    def build(base: nn.Module, head: HeadConfig) -> nn.Module:
+        if head.pictures == 1:
+            return one(base, len(head.classes))
+        _more_types(base, 1 + head.pictures)
+        return several(base, head.pictures, len(head.classes))
 
-def _vlmo(base: nn.Module, head: HeadConfig) -> nn.Module:
-    assert isinstance(base, Vlmo)
-    classes = len(head.classes)
-    if head.pictures == 1:
-        return VlmoAnswers(base, classes)
-    _more_types(base, 1 + head.pictures)
-    return VlmoReasoning(base, head.pictures, classes)
+    return build
 
 
 def _more_types(base: Any, count: int) -> None:
@@ -251,8 +245,13 @@ def _blip_answers(base: nn.Module, head: HeadConfig) -> nn.Module:
     return BlipVqa(base)
 
 
-Builder = Callable[[nn.Module, HeadConfig], nn.Module]
-CLASSIFIERS: dict[str, Builder] = {"albef": _albef, "beit3": _beit3, "blip": _blip, "vilt": _vilt, "vlmo": _vlmo}
+CLASSIFIERS: dict[str, Builder] = {
+    "albef": _albef,
+    "beit3": _beit3,
+    "blip": _blip,
+    "vilt": _one_stream(ViltAnswers, ViltReasoning),
+    "vlmo": _one_stream(VlmoAnswers, VlmoReasoning),
+}
 WRITERS: dict[str, Builder] = {"albef": _albef_answers, "blip": _blip_answers}
 
 

@@ -32,7 +32,7 @@ def read(data: TaskData, errors: Errors) -> list[Example]:
         return Example(
             key=key_of(entry, place, "pairID", "id"),
             place=place,
-            images=(picture(data, name),),
+            images=(picture(data.folder, name),),
             text=text_field(entry, "sentence2", "hypothesis", "sentence", "text"),
             answers=(label,),
             kind=label,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imglish.data.errors import DataError, Errors, Problem, printable
+from imglish.data.sources.files import escapes
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def read_examples(
                 raise Unusable("comes twice", f"{example.key!r} was at {found[example.key].place} before")
             for picture in example.images[: data.pictures or None]:
                 if not here(picture):
-                    raise Unusable("missing picture", f"there is no {picture}")
+                    raise Unusable("missing picture", f"there is no {printable(str(picture))}")
             found[example.key] = example
         except Unusable as error:
             errors.add(Problem(place, error.reason, f"{place}: {error}"))
@@ -109,24 +111,40 @@ class _Present:
 
     def __call__(self, path: Path) -> bool:
         if path not in self.known:
-            self.known[path] = path.is_file()
+            self.known[path] = os.path.isfile(path)  # unlike Path.is_file, False for a name that is too long
         return self.known[path]
 
 
 def entries_of(path: Path) -> Iterator[tuple[str, Any]]:
-    """Entries of JSON lines as ``file:line``, or of a JSON list as ``file, entry n``.
+    """Entries of JSON lines as ``file:line``, or of a JSON list, or an object of objects, as ``file, entry n``.
 
     Raises :class:`DataError` where the file cannot be read or is not JSON, with the line.
     """
     text = text_of(path)
-    if text.lstrip().startswith("["):
-        held = parsed(text, path.name)
+    if (held := _whole(text, path)) is not None:
         for number, entry in enumerate(held, 1):
             yield f"{path.name}, entry {number}", entry
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{path.name}:{number}", parsed(line, f"{path.name}:{number}")
+
+
+def _whole(text: str, path: Path) -> list[Any] | None:
+    """The entries of a file that is one JSON value; None for JSON lines, which a file ``.json`` may hold too."""
+    if path.suffix == ".jsonl":
+        return None
+    if text.lstrip().startswith("["):
+        held: list[Any] = parsed(text, path.name)
+        return held
+    try:
+        whole = parsed(text, path.name)
+    except DataError:
+        if text.lstrip().partition("\n")[0].rstrip().endswith("}"):  # a line that is an object
+            return None
+        raise
+    several = isinstance(whole, dict) and all(isinstance(value, dict) for value in whole.values())
+    return list(whole.values()) if several else [whole]
 
 
 def text_of(path: Path) -> str:
@@ -142,6 +160,8 @@ def parsed(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         where = place if ":" in place else f"{place}:{error.lineno}"
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: JSON that is nested too deeply") from error
 
 
 def field(entry: Entry, *names: str) -> Any:
@@ -188,14 +208,13 @@ def answers_field(entry: Entry, *names: str) -> tuple[str, ...]:
     return tuple(answers)
 
 
-def picture(data: TaskData, name: Any) -> Path:
+def picture(folder: Path, name: Any) -> Path:
     """The file called ``name`` in the folder of pictures, and in no other; :class:`Unusable` otherwise."""
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name:
         raise Unusable("wrong layout", f"{_kind(name)} in place of a picture's name")
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise Unusable("outside", f"the picture {printable(name)!r} lies outside of {data.folder}")
-    return data.folder / path
+    if escapes(name):
+        raise Unusable("outside", f"the picture {printable(name)!r} lies outside of {folder}")
+    return folder / name
 
 
 def hold_out(examples: Sequence[Example], share: float, held: bool) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from imglish.data.errors import Errors
@@ -33,7 +34,7 @@ def read(data: TaskData, errors: Errors) -> list[Example]:
         listed = entry.get("images")
         if listed is not None and not isinstance(listed, list):
             raise Unusable("wrong layout", f"the field 'images' holds {listed!r}, no list of pictures")
-        images = tuple(picture(data, name) for name in listed) if listed else _official(data, key, entry)
+        images = tuple(picture(data.folder, name) for name in listed) if listed else _official(data, key, entry)
         return Example(
             key=key,
             place=place,
@@ -64,5 +65,5 @@ def _official(data: TaskData, key: str, entry: Entry) -> tuple[Path, ...]:
     split, folder = parts[0], entry.get("directory")
     places = [Path("images") / "train" / str(folder)] if folder is not None else []
     places += [Path(split), Path()]
-    paths = [[picture(data, str(place / name)) for name in names] for place in places]
-    return next((tuple(pair) for pair in paths if pair[0].is_file()), tuple(paths[-1]))
+    paths = [[picture(data.folder, str(place / name)) for name in names] for place in places]
+    return next((tuple(pair) for pair in paths if os.path.isfile(pair[0])), tuple(paths[-1]))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from imglish.data.errors import DataError, Errors
+from imglish.data.errors import DataError, Errors, Problem
 from imglish.data.tasks.examples import (
     Entry,
     Example,
@@ -36,7 +36,7 @@ def read(data: TaskData, errors: Errors) -> list[Example]:
         return Example(
             key=key_of(entry, place, "question_id", "id"),
             place=place,
-            images=(picture(data, name),),
+            images=(picture(data.folder, name),),
             text=text_field(entry, "question", "text"),
             answers=answers_field(entry, "answers", "answer"),
             kind=str(entry.get("answer_type", "")),
@@ -52,7 +52,7 @@ def _official(data: TaskData, whole: Mapping[str, Any], errors: Errors) -> list[
     if not isinstance(questions, list):
         raise DataError(f"{data.path}: an object without a list 'questions' is no file of VQA v2 questions")
     path = data.annotations or _annotations_beside(data.path)
-    answered = None if path is None else _annotations(path)
+    answered = None if path is None else _annotations(path, errors)
 
     def parse(place: str, entry: Entry) -> Example:
         question, image = _number(entry, "question_id"), _number(entry, "image_id")
@@ -86,12 +86,21 @@ def _annotations_beside(questions: Path) -> Path | None:
     return path if name != questions.name and path.is_file() else None
 
 
-def _annotations(path: Path) -> dict[int, Entry]:
+def _annotations(path: Path, errors: Errors) -> dict[int, Entry]:
+    """By question; what is not of one, or of one that has been answered before, is counted in ``errors``."""
     whole = parsed(text_of(path), path.name)
     entries = whole.get("annotations") if isinstance(whole, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{path}: no list 'annotations' of objects, so this is no file of VQA v2 annotations")
-    return {entry["question_id"]: entry for entry in entries if isinstance(entry.get("question_id"), int)}
+    found: dict[int, Entry] = {}
+    for place, entry in _numbered(entries, path.name):
+        try:
+            if (question := _number(entry, "question_id")) in found:
+                raise Unusable("comes twice", f"question {question} has answers already")
+            found[question] = entry
+        except Unusable as error:
+            errors.add(Problem(place, error.reason, f"{place}: {error}"))
+    return found
 
 
 def _number(entry: Entry, name: str) -> int:
