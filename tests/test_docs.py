@@ -150,6 +150,9 @@ def check_settings(command: str, name: str, overrides: tuple[str, ...]) -> None:
         recipe = read_recipe(path, overrides)
         if "name" in recipe.model:
             base_config(recipe)
+        if path != ANY_RECIPE and any(override.startswith("data.train=") for override in overrides):
+            validation = recipe.validation.data or ""  # who trains on own pictures need not have those of the recipe
+            assert not validation.startswith("../shared"), f"{name} {shlex.join(overrides)}"
 
 
 @each_page
