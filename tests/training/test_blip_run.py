@@ -60,12 +60,16 @@ def test_tokens_of_its_own_and_an_end() -> None:
 def test_captioning_with_a_prompt_from_a_pretrained_model(tmp_path: Path) -> None:
     train(blip(tmp_path / "first"), records())
     changes = {"init": str(tmp_path / "first" / "model"), "itc": False, "itm": False, "prompt": "a red "}
-    tuned = replace(blip(tmp_path / "second", schedule={"steps": 4, "warmup_steps": 1}), model=changes)
+    schedule, judged = {"steps": 4, "warmup_steps": 1}, {"every": 1.0, "captions": 3}
+    tuned = replace(blip(tmp_path / "second", schedule=schedule, validation=judged), model=changes)
     materials = gather_materials(tuned, records(), None, None)
     _, *prompt, _ = materials.tokenizer.encode(["a red"])[0]
     assert pair_dataset(tuned, materials).sample(0, 0, 0).ids[1 : 1 + len(prompt)] == prompt
     assert materials.config.prompt_tokens == len(prompt)
-    result = train(tuned, records())
+    result = train(tuned, records(), records(6))
+    [validation] = [event for event in result.events if event["event"] == "validation"]
+    assert set(validation["losses"]) == {"lm"}  # recalls would say nothing about captions
+    assert result.best["cider"] == validation["captions"]["cider"]
     assert [set(event["losses"]) for event in result.events if event["event"] == "step"] == [{"lm"}]
     loaded = load(str(tmp_path / "second" / "model"))
     assert isinstance(loaded.model, Blip)

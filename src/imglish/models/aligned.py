@@ -61,6 +61,11 @@ class AlignedConfig:
     def image(self) -> ImageInput:
         return self.vision.image
 
+    @property
+    def retrieves(self) -> bool:
+        """Whether training aligns or matches pictures and texts, so that recalls say what was learned."""
+        return self.itc or self.itm
+
     def __post_init__(self) -> None:
         if not 0 <= self.hard_negatives <= 1:
             raise ValueError(f"hard_negatives is {self.hard_negatives}, a share between 0 and 1")

@@ -13,7 +13,7 @@ from torch import nn
 
 from imglish.data.augment import policy
 from imglish.data.errors import DataError, Errors
-from imglish.data.loader import Position, training_batches
+from imglish.data.loader import Position
 from imglish.data.records import Record
 from imglish.data.tasks.dataset import Label, TaskDataset
 from imglish.data.tasks.examples import Example, TaskData, hold_out
@@ -25,13 +25,12 @@ from imglish.evaluation.tasks.base import frequent
 from imglish.evaluation.tasks.run import TaskResult, evaluate_task
 from imglish.models.capabilities import MissingCapabilityError
 from imglish.models.heads import AssignmentModel, HeadConfig, TaskModel, after_assignment, with_head
-from imglish.objectives.gather import rank, world_size
 from imglish.report import Report
 from imglish.training.config import Recipe
 from imglish.training.settings import SettingsError
 from imglish.training.setup import gather_materials, new_model
 from imglish.training.validation import Validated
-from imglish.training.work import Events
+from imglish.training.work import Events, batches_of
 
 
 class TaskWork:
@@ -191,17 +190,7 @@ class TaskWork:
         return "\n".join([some, *self.notes])
 
     def batches(self, position: Position, workers: int, errors: Errors) -> Iterator[tuple[Any, Position]]:
-        return training_batches(
-            self.dataset,
-            self.recipe.batch.size,
-            position,
-            seed=self.recipe.seed,
-            rank=rank(),
-            world_size=world_size(),
-            workers=workers,
-            errors=errors,
-            join=self.dataset.collate,
-        )
+        return batches_of(self.recipe, self.dataset, position, workers, errors, join=self.dataset.collate)
 
     def validate(self, model: nn.Module, teacher: Any, errors: Errors) -> Validated:
         """The task's metric on what is held out, by all ranks together."""

@@ -25,7 +25,8 @@ from imglish.training.setup import Materials, pair_dataset
 @dataclass(frozen=True)
 class Validated:
     """What a validation found. entry: for the log; measure: what decides which one is better, ``loss`` or something of
-    which more is better (``r_mean``, mean recall in percent); value: of it; text: for people; beside: for the log too,
+    which more is better (``r_mean``, mean recall in percent; ``cider`` where captions are all that is trained); value:
+    of it; text: for people; beside: for the log too,
     but not remembered of the best one."""
 
     entry: dict[str, Any]
@@ -45,7 +46,7 @@ class Validated:
 def validate(model: nn.Module, teacher: Any, materials: Materials, recipe: Recipe, errors: Errors) -> Validated:
     """Recalls on the validation records, by all ranks together, reranked as the recipe says where the model can; or the
     losses of training there, where nothing is trained that retrieval could show."""
-    if not _retrieves(materials, recipe):
+    if not retrieves(materials, recipe):
         dataset = pair_dataset(recipe, materials, held_out=True)
         losses = held_out(model, teacher, dataset, recipe.compute.precision == "bf16", errors)
         entry = {"losses": losses.losses, "metrics": losses.metrics}
@@ -59,7 +60,7 @@ def validate(model: nn.Module, teacher: Any, materials: Materials, recipe: Recip
     return Validated({"towers": found.towers, "reranked": found.reranked}, "r_mean", mean, f"mean recall {mean:.2f} %")
 
 
-def _retrieves(materials: Materials, recipe: Recipe) -> bool:
+def retrieves(materials: Materials, recipe: Recipe) -> bool:
     """Whether pictures and texts are aligned or matched by this training."""
     return materials.words is not None and not recipe.data.texts_only and getattr(materials.config, "retrieves", True)
 
@@ -86,7 +87,7 @@ def check_validation(model: nn.Module, materials: Materials, recipe: Recipe) -> 
         raise SettingsError("validation.score_rule", f"{type(model).__name__} matches no pairs; leave this setting out")
     if recipe.validation.captions and not isinstance(model, Captions):
         raise SettingsError("validation.captions", f"{type(model).__name__} writes no captions; leave this setting out")
-    if not _retrieves(materials, recipe):
+    if not retrieves(materials, recipe):
         if recipe.validation.rerank:
             raise SettingsError("validation.rerank", "this training aligns and matches nothing; leave this setting out")
         return

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from imglish.data.errors import Errors
-from imglish.data.loader import Position, training_batches
+from imglish.data.loader import Position, Samples, training_batches
 from imglish.data.records import Record
 from imglish.models.capabilities import MissingCapabilityError
 from imglish.models.heads import for_assignment
@@ -20,7 +20,7 @@ from imglish.report import Report
 from imglish.training.config import Recipe
 from imglish.training.settings import SettingsError
 from imglish.training.setup import Materials, beside_pairs, gather_materials, mixtures, new_model, pair_dataset
-from imglish.training.validation import Validated, check_validation, validate, validate_captions
+from imglish.training.validation import Validated, check_validation, retrieves, validate, validate_captions
 
 SHOWN = 12  # pictures with captions in the report of a model that writes some
 Events = Sequence[Mapping[str, Any]]
@@ -53,6 +53,23 @@ class Work(Protocol):
         ...
 
 
+def batches_of(
+    recipe: Recipe, dataset: Samples, position: Position, workers: int, errors: Errors, **more: Any
+) -> Iterator[tuple[Any, Position]]:
+    """This rank's batches of ``dataset`` as the recipe wants them; more: of :func:`training_batches`."""
+    return training_batches(
+        dataset,
+        recipe.batch.size,
+        position,
+        seed=recipe.seed,
+        rank=rank(),
+        world_size=world_size(),
+        workers=workers,
+        errors=errors,
+        **more,
+    )
+
+
 class PairWork:
     """Pictures and captions, the objectives of the model, retrieval (and captions) as validation."""
 
@@ -82,18 +99,8 @@ class PairWork:
         return f"{self.items} training pairs, {len(self.materials.validation)} validation pictures"
 
     def batches(self, position: Position, workers: int, errors: Errors) -> Iterator[tuple[Any, Position]]:
-        return training_batches(
-            self.dataset,
-            self.recipe.batch.size,
-            position,
-            seed=self.recipe.seed,
-            rank=rank(),
-            world_size=world_size(),
-            workers=workers,
-            errors=errors,
-            mixgen=mixtures(self.recipe, self.materials),
-            beside=self.beside,
-        )
+        mixgen = mixtures(self.recipe, self.materials)
+        return batches_of(self.recipe, self.dataset, position, workers, errors, mixgen=mixgen, beside=self.beside)
 
     def validate(self, model: nn.Module, teacher: Any, errors: Errors) -> Validated:
         found = validate(model, teacher, self.materials, self.recipe, errors)
@@ -101,7 +108,10 @@ class PairWork:
         if self.written is None:
             return found
         scores = self.written.metrics
-        return replace(found, text=f"{found.text}, CIDEr-D {scores['cider']:.1f}", beside={"captions": scores})
+        text, beside = f"{found.text}, CIDEr-D {scores['cider']:.1f}", {"captions": scores}
+        if retrieves(self.materials, self.recipe):
+            return replace(found, text=text, beside=beside)
+        return replace(found, text=text, beside=beside, measure="cider", value=scores["cider"])
 
     def finish(self, model: nn.Module) -> Callable[[Report, Events], None]:
         written = self.written or self._write_captions(model, SHOWN)  # those of the last validation, if it made some
