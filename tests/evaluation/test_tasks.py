@@ -185,8 +185,12 @@ def test_models_without_the_head_are_refused(folder: Path, tmp_path: Path, capsy
 
 def test_exchanged_pictures_are_those_of_other_questions(folder: Path, tmp_path: Path) -> None:
     assert exchanged("aabcad") == list("ccdacb")
+    assert exchanged("abcd", 0.25) == exchanged("abcd", 0.01) == list("bcda")
+    assert exchanged("abc", 0.99) == list("cab")
     with pytest.raises(ValueError, match="all texts show the same"):
         exchanged(["a", "a"])
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        exchanged(["a", "b"], 1)
     lines = [json.loads(line) for line in (folder / "vqa.jsonl").read_text(encoding="utf-8").splitlines()]
     for line, image in zip(lines, exchanged([line["image"] for line in lines]), strict=True):
         line["image"] = image

@@ -48,12 +48,18 @@ def add_jobs(jobs: Any) -> None:
             add("--variant", default="official_2021", help="of the VQA accuracy (default: official_2021)")
         add("--held-out", type=float, metavar="SHARE", help="only what a training with this task.hold_out left out")
         add("--limit", type=int, help="only the first so many examples")
-        add("--exchange-pictures", action="store_true", help="a control: what does the text alone give?")
+        add_exchange(parser)
         add("--max-errors", type=float, default=0.01, metavar="SHARE", help="of bad examples (default: 0.01)")
         add("--batch", type=int, default=64, help="examples at a time (default: 64)")
         add("--precision", choices=("float32", "bfloat16"), default="float32")
         add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
         add("--out", default="eval-out", help="folder of the results (default: eval-out)")
+
+
+def add_exchange(parser: argparse.ArgumentParser) -> None:
+    """The option ``--exchange-pictures``."""
+    what = "a control: every text has another's pictures, shifted by this share of their number (alone: 0.5)"
+    parser.add_argument("--exchange-pictures", nargs="?", type=float, const=0.5, metavar="SHARE", help=what)
 
 
 def answers(arguments: argparse.Namespace) -> int:
@@ -96,8 +102,8 @@ def answers(arguments: argparse.Namespace) -> int:
         if arguments.held_out is not None:
             examples = hold_out(examples, arguments.held_out, True)
         examples = examples[: arguments.limit]
-        if arguments.exchange_pictures:
-            shown = exchanged([example.images for example in examples])
+        if arguments.exchange_pictures is not None:
+            shown = exchanged([example.images for example in examples], arguments.exchange_pictures)
             examples = [replace(example, images=images) for example, images in zip(examples, shown, strict=True)]
         trained = loaded.meta.get("recipe", {}).get("data", {})
         words = cleaning(loaded.tokenizer, trained.get("clean", "none"), trained.get("max_words", 50))
@@ -114,7 +120,7 @@ def answers(arguments: argparse.Namespace) -> int:
             errors=errors,
             **rule,
         )
-        if arguments.exchange_pictures:
+        if arguments.exchange_pictures is not None:
             result = replace(result, notes=(EXCHANGED, *result.notes))
         first = rank() == 0
     if first:

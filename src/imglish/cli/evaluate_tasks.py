@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imglish.cli.evaluate_answers import add_exchange
 from imglish.cli.source_options import add_source_options, source_config
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def add_jobs(jobs: Any) -> None:
     suite.add_argument("--model", required=True, help="folder of an exported model")
     suite.add_argument("--data", required=True, help="file of items, or a folder of such files")
     suite.add_argument("--images", help="folder of the pictures (default: where the file lies)")
-    suite.add_argument("--exchange-pictures", action="store_true", help="a control: what do captions alone give?")
+    add_exchange(suite)
     suite.add_argument("--least", type=int, default=1, help="items that a group needs to count in the mean (ARO: 25)")
     _add_max_errors(suite)
     _add_scoring(suite)
@@ -145,13 +146,13 @@ def compositional(arguments: argparse.Namespace) -> int:
         errors = Errors(arguments.max_errors, file, what="items")
         images = Path(arguments.images) if arguments.images else None
         items = read_items(Path(arguments.data), images, errors)
-        if arguments.exchange_pictures:
-            shown = exchanged([item.pictures for item in items])
+        if arguments.exchange_pictures is not None:
+            shown = exchanged([item.pictures for item in items], arguments.exchange_pictures)
             items = [replace(item, pictures=pictures) for item, pictures in zip(items, shown, strict=True)]
         model = loaded.model.to(device)
         load = record_loader(model)
         result = evaluate_compositional(model, _cleaning(loaded), items, load, machine, rule, arguments.least)
-        if arguments.exchange_pictures:
+        if arguments.exchange_pictures is not None:
             result = replace(result, notes=[EXCHANGED, *result.notes])
         first = rank() == 0
     if first:
