@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import pytest
 
 from imglish.bootstrapping.loop import read_loop
 from imglish.cli import COMMANDS, main
-from imglish.training.config import read_recipe
+from imglish.training.config import Recipe, read_recipe
 from imglish.training.setup import base_config
 from imglish.training.stages import is_pipeline, read_stages
 
@@ -153,6 +154,21 @@ def check_settings(command: str, name: str, overrides: tuple[str, ...]) -> None:
         if path != ANY_RECIPE and any(override.startswith("data.train=") for override in overrides):
             validation = recipe.validation.data or ""  # who trains on own pictures need not have those of the recipe
             assert not validation.startswith("../shared"), f"{name} {shlex.join(overrides)}"
+
+
+def settings_of(group: Any, name: str) -> Iterator[str]:
+    """Dotted names of all settings in a dataclass."""
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        nested = dataclasses.is_dataclass(value)
+        yield from settings_of(value, f"{name}{field.name}.") if nested else [name + field.name]
+
+
+def test_every_setting_of_a_recipe_is_on_a_page() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    for name in settings_of(Recipe(model={"name": "clip-tiny"}), ""):
+        last = name.rsplit(".", 1)[-1]
+        assert re.search(rf"`[^`\n]*\b{last}\b[^`\n]*`", text), f"no page explains {name}"
 
 
 @each_page
