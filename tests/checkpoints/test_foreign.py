@@ -126,6 +126,13 @@ def test_a_file_of_another_kind_is_told_what_it_resembles(tmp_path: Path) -> Non
         load_foreign(tmp_path / "x.pth")
 
 
+def test_a_classifier_of_pictures_is_named_and_not_read(tmp_path: Path) -> None:
+    names = ["cls_token", "blocks.0.attn.q_bias", "blocks.0.attn.relative_position_bias_table", "fc_norm.weight"]
+    torch.save({"model": {name: torch.ones(4) for name in names} | {"head.weight": torch.ones(21, 4)}}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"x is a classifier of pictures alone \(BEiT or BEiT-2 .* 21 classes"):
+        load_foreign(tmp_path / "x")
+
+
 def test_a_checkpoint_with_a_name_too_many_or_too_few_is_refused(tmp_path: Path) -> None:
     _, folder = blip("BlipForConditionalGeneration", tmp_path)
     file = folder / "model.safetensors"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imglish.checkpoints.drawing import drawn
 from imglish.checkpoints.files import WeightFileError, read_weights
-from imglish.checkpoints.formats import FORMATS, Format, Layout, Source
+from imglish.checkpoints.formats import FORMATS, Format, Layout, Source, classifier
 from imglish.checkpoints.native import CheckpointError, Loaded, built
 from imglish.checkpoints.preparing import with_picture
 from imglish.checkpoints.rules import ConversionError
@@ -129,6 +129,12 @@ def recognise(source: Source) -> tuple[str, Format]:
     if complete := [name for name, reasons in lacking.items() if not reasons]:
         best = max(complete, key=lambda name: len(FORMATS[name].marks))
         return best, FORMATS[best]
+    if (family := classifier(source)) is not None:
+        raise CheckpointError(
+            f"{source.path} is a classifier of pictures alone ({family} fine-tuned on ImageNet: head.weight has "
+            f"{len(source.weights['head.weight'])} classes), and no task here chooses a class without a text. Take the "
+            "checkpoint that it was fine-tuned from; `imglish eval linear-probe` fits a classifier on its features"
+        )
     nearest = min(lacking, key=lambda name: len(lacking[name]) / len(FORMATS[name].marks))
     known = ", ".join(FORMATS[name].title for name in lacking)
     raise CheckpointError(

@@ -400,3 +400,15 @@ FORMATS: dict[str, Format] = {
         "itc",
     ),
 }
+
+CLASSIFIERS: dict[str, tuple[str, ...]] = {
+    "BEiT-3": (*_BEIT3, r"fc_norm\.", r"head\.weight$"),
+    "BEiT or BEiT-2": (r"cls_token$", r"blocks\.0\.attn\.q_bias$", r"(fc_norm|norm)\.weight$", r"head\.weight$"),
+}
+"""Released classifiers of pictures alone, which are not read, with their marks: no task here chooses without a text."""
+
+
+def classifier(source: Source) -> str | None:
+    """Whose classifier of pictures alone the source is, if it is one."""
+    found = (title for title, marks in CLASSIFIERS.items() if all(_some(source, mark) for mark in marks))
+    return next(found, None) if source.layout == "file" else None

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from imglish.checkpoints import bert, blip_tasks
 from imglish.checkpoints.blip import Parts, text_rules
-from imglish.checkpoints.hf_settings import filled
+from imglish.checkpoints.hf_settings import bert as sizes_of_bert
+from imglish.checkpoints.hf_settings import filled, plain_gelu, tower
 from imglish.checkpoints.rules import Converted, Drop, Fresh, Rule, Table
 from imglish.models.blip import BlipConfig
 from imglish.models.vit import ImageInput, VitConfig
@@ -47,27 +48,12 @@ def config_from_json(given: Mapping[str, Any], **changes: Any) -> BlipConfig:
     """
     whole = filled(given, "blip")
     vision, text = whole["vision_config"], whole["text_config"]
-    for part in (vision, text):
-        if part["hidden_act"] != "gelu":
-            raise ValueError(f"hidden_act {part['hidden_act']!r} is not supported, only 'gelu'")
+    plain_gelu(vision)
     settings: dict[str, Any] = {
-        "vision": VitConfig(
-            image=ImageInput(vision["image_size"]),
-            patch=vision["patch_size"],
-            width=vision["hidden_size"],
-            depth=vision["num_hidden_layers"],
-            heads=vision["num_attention_heads"],
-            mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
-            norm_eps=vision["layer_norm_eps"],
-        ),
+        "vision": VitConfig(image=ImageInput(vision["image_size"]), patch=vision["patch_size"], **tower(vision)),
         "vocab_size": text["vocab_size"],
         "max_length": text["max_position_embeddings"],
-        "width": text["hidden_size"],
-        "depth": text["num_hidden_layers"],
-        "heads": text["num_attention_heads"],
-        "hidden": text["intermediate_size"],
-        "norm_eps": text["layer_norm_eps"],
-        "dropout": text["hidden_dropout_prob"],
+        **sizes_of_bert(text),
         "embed_dim": whole["image_text_hidden_size"],
         "smoothing": text["label_smoothing"],
     }

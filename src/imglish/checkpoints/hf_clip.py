@@ -6,18 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any
 
 from torch import Tensor
 
 from imglish.checkpoints import bert
 from imglish.checkpoints.clip import skeleton
-from imglish.checkpoints.hf_settings import filled
+from imglish.checkpoints.hf_settings import bert as sizes_of_bert
+from imglish.checkpoints.hf_settings import filled, tower
 from imglish.checkpoints.rules import Converted, Drop, Rule, Table
 from imglish.models.clip import ClipConfig, clip_vit
 from imglish.models.text_towers import BertConfig, TextConfig
 from imglish.models.vit import VitConfig
-from imglish.nn.blocks import Activation
 
 
 def layers(theirs: str, ours: str) -> Table:
@@ -70,14 +70,7 @@ def config_from_json(given: Mapping[str, Any]) -> ClipConfig:
     text = whole["text_config"]
     return ClipConfig(
         vision=_vision(whole["vision_config"]),
-        text=TextConfig(
-            width=text["hidden_size"],
-            depth=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            mlp_ratio=text["intermediate_size"] / text["hidden_size"],
-            norm_eps=text["layer_norm_eps"],
-            activation=activation(text["hidden_act"]),
-        ),
+        text=TextConfig(**tower(text)),
         vocab_size=text["vocab_size"],
         max_length=text["max_position_embeddings"],
         embed_dim=whole["projection_dim"],
@@ -89,20 +82,9 @@ def chinese_from_json(given: Mapping[str, Any]) -> ClipConfig:
     """Our configuration from the ``config.json`` of a ``ChineseCLIPModel``: CLIP's pictures, BERT's texts."""
     whole = filled(given, "chinese_clip")
     text, vision = whole["text_config"], _vision(whole["vision_config"])
-    if text["hidden_act"] != "gelu":
-        raise ValueError(f"hidden_act {text['hidden_act']!r} of the texts is not supported, only 'gelu'")
     return ClipConfig(
         vision=replace(vision, image=replace(vision.image, resize="squash")),
-        text=BertConfig(
-            width=text["hidden_size"],
-            depth=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            hidden=text["intermediate_size"],
-            norm_eps=text["layer_norm_eps"],
-            dropout=text["hidden_dropout_prob"],
-            token_types=text["type_vocab_size"],
-            projection="linear",
-        ),
+        text=BertConfig(**sizes_of_bert(text), token_types=text["type_vocab_size"], projection="linear"),
         vocab_size=text["vocab_size"],
         max_length=text["max_position_embeddings"],
         embed_dim=whole["projection_dim"],
@@ -111,24 +93,9 @@ def chinese_from_json(given: Mapping[str, Any]) -> ClipConfig:
 
 
 def _vision(given: Mapping[str, Any]) -> VitConfig:
-    tower = clip_vit(
-        given["image_size"],
-        given["patch_size"],
-        given["hidden_size"],
-        given["num_hidden_layers"],
-        given["num_attention_heads"],
-        activation(given["hidden_act"]),
-    )
-    ratio = given["intermediate_size"] / given["hidden_size"]
-    return replace(tower, mlp_ratio=ratio, norm_eps=given["layer_norm_eps"])
-
-
-def activation(name: str) -> Activation:
-    """Ours of the name that transformers has for an activation."""
-    ours = {"gelu_pytorch_tanh": "gelu_tanh"}.get(name, name)
-    if ours not in get_args(Activation):
-        raise ValueError(f"hidden_act {name!r} is not supported; there are: {', '.join(get_args(Activation))}")
-    return cast(Activation, ours)
+    sizes = tower(given)
+    plain = clip_vit(given["image_size"], given["patch_size"], sizes["width"], sizes["depth"], sizes["heads"])
+    return replace(plain, **sizes)
 
 
 def convert(official: Mapping[str, Tensor], config: ClipConfig) -> Converted:

@@ -6,7 +6,9 @@ The values are those of the configuration classes (4.x and 5.x agree in them); a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, get_args
+
+from imglish.nn.blocks import Activation
 
 _BERT = {
     "hidden_size": 768,
@@ -66,3 +68,39 @@ def filled(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
         else:
             made[key] = default if value is None else value
     return made
+
+
+def tower(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a Transformer with pre-norms, by our names of them."""
+    ratio = given["intermediate_size"] / given["hidden_size"]
+    return stack(given) | {"mlp_ratio": ratio, "activation": activation(given["hidden_act"])}
+
+
+def bert(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a BERT, by our names of them. Raises ``ValueError`` for another activation than its own."""
+    plain_gelu(given)
+    return stack(given) | {"hidden": given["intermediate_size"], "dropout": given["hidden_dropout_prob"]}
+
+
+def stack(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What all of them have."""
+    return {
+        "width": given["hidden_size"],
+        "depth": given["num_hidden_layers"],
+        "heads": given["num_attention_heads"],
+        "norm_eps": given["layer_norm_eps"],
+    }
+
+
+def activation(name: str) -> Activation:
+    """Ours of the name that transformers has for an activation."""
+    ours = {"gelu_pytorch_tanh": "gelu_tanh"}.get(name, name)
+    if ours not in get_args(Activation):
+        raise ValueError(f"hidden_act {name!r} is not supported; there are: {', '.join(get_args(Activation))}")
+    return cast(Activation, ours)
+
+
+def plain_gelu(given: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for another activation, where our model has this one alone."""
+    if given["hidden_act"] != "gelu":
+        raise ValueError(f"hidden_act {given['hidden_act']!r} is not supported, only 'gelu'")

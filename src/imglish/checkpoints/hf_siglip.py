@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from imglish.checkpoints.clip import skeleton
-from imglish.checkpoints.hf_clip import activation, layers
-from imglish.checkpoints.hf_settings import filled
+from imglish.checkpoints.hf_clip import layers
+from imglish.checkpoints.hf_settings import filled, tower
 from imglish.checkpoints.rules import Converted, Cut, Rule, Table, Transform
 from imglish.models.clip import ClipConfig
 from imglish.models.text_towers import TextConfig
@@ -53,26 +53,16 @@ def config_from_json(given: Mapping[str, Any]) -> ClipConfig:
         vision=VitConfig(
             image=ImageInput(vision["image_size"], HALF, HALF),
             patch=vision["patch_size"],
-            width=vision["hidden_size"],
-            depth=vision["num_hidden_layers"],
-            heads=vision["num_attention_heads"],
-            mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
-            norm_eps=vision["layer_norm_eps"],
-            activation=activation(vision["hidden_act"]),
             class_token=False,
+            **tower(vision),
         ),
         text=TextConfig(
-            width=text["hidden_size"],
-            depth=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            mlp_ratio=text["intermediate_size"] / text["hidden_size"],
-            norm_eps=text["layer_norm_eps"],
-            activation=activation(text["hidden_act"]),
             causal=False,
             pool="last",
             padded=True,
             pad_id=PAD,
             projection="bias",
+            **tower(text),
         ),
         vocab_size=text["vocab_size"],
         max_length=text["max_position_embeddings"],

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from imglish.checkpoints import bert
-from imglish.checkpoints.hf_settings import filled
+from imglish.checkpoints.hf_settings import filled, plain_gelu, stack
 from imglish.checkpoints.rules import Converted, Drop, Fresh, Rule, Table, Tie, Transform
 from imglish.checkpoints.vilt import ranking_row, words
 from imglish.models.vilt import ViltConfig
@@ -34,19 +34,15 @@ _RANKING = Transform(ranking_row, lambda x: x[1:] - x[:1])
 def config_from_json(given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ViltConfig:
     """Our configuration from the ``config.json`` of a ViLT and its weights, which say what heads there are."""
     whole = filled(given, "vilt")
-    if whole["hidden_act"] != "gelu":
-        raise ValueError(f"hidden_act {whole['hidden_act']!r} is not supported, only 'gelu'")
+    plain_gelu(whole)
     size, patch = whole["image_size"], whole["patch_size"]
     task = "classifier.3.weight" in weights
     return ViltConfig(
         image=AspectInput(size, int(1333 / 800 * size), patch),
         vocab_size=whole["vocab_size"],
         max_length=whole["max_position_embeddings"],
-        width=whole["hidden_size"],
-        depth=whole["num_hidden_layers"],
-        heads=whole["num_attention_heads"],
+        **stack(whole),
         mlp_ratio=whole["intermediate_size"] / whole["hidden_size"],
-        norm_eps=whole["layer_norm_eps"],
         text_norm_eps=whole["layer_norm_eps"],
         dropout=whole["hidden_dropout_prob"],
         types=_prefixed(weights)["vilt.embeddings.token_type_embeddings.weight"].shape[0],
