@@ -10,7 +10,7 @@ from pathlib import Path
 
 DESCRIPTION = """\
 Draws scenes of two people in coloured garments, trains a small ALBEF on them and, for comparison, its towers by
-contrast alone, asks both who wears what, and writes report.html. Nothing is downloaded. About 5 minutes on 2 CPU cores.
+contrast alone, asks both who wears what, and writes report.html. Nothing is downloaded. About 6 minutes on 2 CPU cores.
 """
 
 
