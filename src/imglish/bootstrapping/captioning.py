@@ -82,6 +82,7 @@ def captioner(
     load = loader(model)
 
     def work(shard: Shard, records: Source) -> Any:
+        """A table of the shard, one row for each of ``records``, in their order."""
         rows = []
         stream = captions_of(
             model.network,

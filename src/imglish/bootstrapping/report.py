@@ -154,6 +154,8 @@ class _Samples:
         self.by: Measure = next((name for name in MEASURES if scores.has(name)), "itm")
 
     def show(self, rng: np.random.Generator) -> None:
+        """Pictures of each tenth of the measure, those next to the border, and web beside synthetic texts; ``rng``
+        chooses which. Nothing where no text was scored."""
         values = self.scores.measures[self.by]
         order = np.flatnonzero(np.isfinite(values))
         if not len(order):

@@ -76,6 +76,7 @@ def watch_pairs(model: nn.Module) -> Iterator[PairLayers]:
     found = PairLayers()
 
     def see(layer: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
+        """Hook of one layer: its weights, made once more from what it was given."""
         with torch.no_grad():
             if isinstance(layer, SelfAttention):
                 x, segments = given[:2]

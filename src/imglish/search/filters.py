@@ -133,6 +133,7 @@ class _Parser:
         return parts[0] if len(parts) == 1 else Both(tuple(parts))
 
     def one(self) -> Filter:
+        """A condition, a filter in brackets, or the opposite of either."""
         self.depth += 1
         if self.depth > MOST:
             raise FilterError(f"filter: nested more than {MOST} deep")
@@ -163,6 +164,7 @@ class _Parser:
         return self.tokens[self.at - 1][0]
 
     def condition(self) -> Condition:
+        """Field, operator and value, which must fit one another."""
         name = self.take("a field").lower()
         if name not in NAMES:
             raise FilterError(f"filter: there is no field {name!r}; known: {', '.join(NAMES)}")

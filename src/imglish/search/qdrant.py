@@ -80,6 +80,7 @@ class QdrantStore:
     # ---- writing --------------------------------------------------------------------------------------------------
 
     def upsert(self, rows: Sequence[Row]) -> None:
+        """As :meth:`imglish.search.store.Store.upsert`, in requests that the server takes."""
         from qdrant_client import models
 
         if len({row.key for row in rows}) < len(rows):

@@ -245,6 +245,7 @@ class _Parquet:
         yield from self.file.iter_batches(BATCH, columns=columns)
 
     def cell(self, column: str, row: int) -> Any:
+        """The value as Python has it. Row groups read for it are kept, a few of them, for the next cells."""
         group = int(np.searchsorted(self.ends, row, side="right"))
         first = int(self.ends[group - 1]) if group else 0
         with self._lock:  # a parquet file has one reader

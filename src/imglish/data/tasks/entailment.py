@@ -23,6 +23,7 @@ def read(data: TaskData, errors: Errors) -> list[Example]:
     """Examples with one answer, the class; ``sentence1`` (the caption that SNLI was made with) is not read."""
 
     def parse(place: str, entry: Entry) -> Example:
+        """One entry; :class:`Unusable` says why it is none."""
         name = field(entry, "Flickr30K_ID", "Flikr30kID", "image")
         if isinstance(name, int) or (isinstance(name, str) and name.isdigit()):
             name = f"{name}.jpg"

@@ -30,6 +30,7 @@ def read(data: TaskData, errors: Errors) -> list[Example]:
     """
 
     def parse(place: str, entry: Entry) -> Example:
+        """One entry; :class:`Unusable` says why it is none."""
         key = key_of(entry, place, "identifier", "id")
         listed = entry.get("images")
         if listed is not None and not isinstance(listed, list):

@@ -32,6 +32,7 @@ def read(data: TaskData, errors: Errors) -> list[Example]:
             return _official(data, whole, errors)
 
     def parse(place: str, entry: Entry) -> Example:
+        """One entry; :class:`Unusable` says why it is none."""
         name = field(entry, "image", "image_path", "file_name")
         return Example(
             key=key_of(entry, place, "question_id", "id"),
@@ -55,6 +56,7 @@ def _official(data: TaskData, whole: Mapping[str, Any], errors: Errors) -> list[
     answered = None if path is None else _annotations(path, errors)
 
     def parse(place: str, entry: Entry) -> Example:
+        """One entry; :class:`Unusable` says why it is none."""
         question, image = _number(entry, "question_id"), _number(entry, "image_id")
         held: Entry = {}
         if answered is not None:
