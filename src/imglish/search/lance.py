@@ -59,7 +59,7 @@ class LanceStore:
     def open(
         url: str, dimension: int | None = None, exact_rows: int = EXACT_ROWS, few_rows: int = FEW_ROWS
     ) -> LanceStore:
-        """The store at ``url``; where nothing is, ``dimension`` makes one, and without it that is a :class:`StoreError`."""
+        """The store at ``url``; where nothing is, ``dimension`` makes one, without it that is a :class:`StoreError`."""
         try:
             import lancedb
         except ImportError as error:
