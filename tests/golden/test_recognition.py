@@ -4,16 +4,20 @@ every number of it. (That each number lies in its place is what the families' ow
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from imglish.checkpoints import sizes
+from imglish.checkpoints import clip, sizes
 from imglish.checkpoints.foreign import load_foreign, recognise
 from imglish.checkpoints.formats import Source
-from imglish.checkpoints.native import CheckpointError
+from imglish.checkpoints.native import CheckpointError, built
+from tests.golden import test_albef, test_beit, test_beit3, test_blip, test_vilt, test_vlmo
 from tests.golden.support import Case, cases, golden_root
 
 FORMATS = {  # beginning of a case's name -> how the file is recognised
@@ -31,6 +35,7 @@ FORMATS = {  # beginning of a case's name -> how the file is recognised
     "clip-vit": "clip",
     "clip-resnet": "clip",
     "vilt-pretrain": "vilt",
+    "vilt-base": "vilt",
     "vilt-irtr": "vilt",
     "vilt-vqa": "vilt-vqa",
     "vilt-nlvr2": "vilt-nlvr2",
@@ -101,6 +106,50 @@ def test_every_number_arrives(folder: Path, tmp_path: Path, monkeypatch: pytest.
     given = {name: value for name, value in weights.items() if name not in report}
     made = {name: value for name, value in ours.items() if name not in report}
     torch.testing.assert_close(numbers(made), numbers(given), rtol=0, atol=0)
+
+
+BASES = [folder for folder in cases(*FORMATS) if "base" in folder.name and Case(folder).meta.get("parameters")]
+CONFIGS: dict[str, Callable[[Case], Any]] = {  # family -> what its own golden tests build
+    "albef": test_albef.config_of,
+    "blip": test_blip.config_of,
+    "beit": test_beit.config_of,
+    "beit3": test_beit3.config_of,
+    "clip": lambda case: clip.config_from_arguments(case.config),
+    "vilt": test_vilt.config_of,
+    "vlmo": lambda case: test_vlmo.config_of(case.config),
+}
+OF_TRAINING = ("dropout", "drop_path", "teacher", "mask_id", "temperature")
+
+
+@pytest.mark.parametrize("folder", BASES, ids=[folder.name for folder in BASES])
+def test_base_models_become_what_their_own_cases_test(folder: Path) -> None:
+    """Sizes and heads from names and shapes alone are the case's, and its conversion accounts for every name: so what a
+    user loads is the model whose states, losses and gradients the family's golden test compares."""
+    case, kind = Case(folder), format_of(folder.name)
+    ties = case.meta["ties"]
+    tied = ties if isinstance(ties, dict) else {other: first for first, other in ties}
+    weights: dict[str, Tensor] = {}
+    for name, shape, *_ in case.meta["parameters"]:
+        weights[name] = weights[tied[name]] if name in tied else torch.empty(shape, device="meta")
+    if kind is not None and kind.startswith("open_clip"):
+        source = Source(folder, "open_clip", weights, {"model_cfg": case.config})
+    else:
+        source = Source(folder, "file", weights)
+    name, form = recognise(source)
+    assert name == kind
+    config = form.config(source)
+    if source.layout == "file":
+        found, expected = (
+            {key: value for key, value in asdict(one).items() if key not in OF_TRAINING}
+            for one in (config, CONFIGS[config.family](case))
+        )
+        assert found == expected
+    with torch.device("meta"):
+        head = None if form.head is None else form.head(source)
+        target = built(config, head).state_dict()
+    inner = "inner." if head is not None else ""
+    target = {name.removeprefix(inner): value for name, value in target.items()}
+    assert set(form.convert(source.weights, target, config).state) == set(target)  # or it raises
 
 
 LISTS = sorted(golden_root().rglob("param-shapes/*.json"))
