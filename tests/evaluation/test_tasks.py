@@ -14,7 +14,7 @@ from PIL import Image
 
 from imglish.checkpoints import native
 from imglish.cli import main
-from imglish.data.errors import DataError, Errors
+from imglish.data.errors import DataError, Errors, Problem
 from imglish.data.tasks import TaskData
 from imglish.data.tasks.examples import Example
 from imglish.data.tokenizers import Tokenizer
@@ -140,8 +140,11 @@ def test_a_broken_picture_is_left_out_and_counted(folder: Path, tmp_path: Path) 
         (tmp_path / "images" / f"{number}.png").write_bytes((folder / "images" / f"{number}.png").read_bytes())
     data = TaskData(folder / "vqa.jsonl", tmp_path / "images")
     examples = TASKS["vqa"].read(data, Errors())
-    found = evaluate_task(loaded.model, loaded.tokenizer, TASKS["vqa"], examples, QUIET, errors=Errors(0.5, quiet=True))
+    errors = Errors(0.5, quiet=True)
+    errors.extend(Problem(f"vqa.jsonl:{n}", "wrong layout", "") for n in range(20, 30))  # of other examples
+    found = evaluate_task(loaded.model, loaded.tokenizer, TASKS["vqa"], examples, QUIET, errors=errors)
     assert found.examples == 11
+    assert len(errors) == 12
     assert any("2 examples are left out" in note for note in found.notes)
     with pytest.raises(DataError, match="2 of 13"):
         evaluate_task(loaded.model, loaded.tokenizer, TASKS["vqa"], examples, QUIET)

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,14 @@ class Errors:
                 f"{len(self)} of {of} {self.what} cannot be used ({self.summary()}), more than the allowed share of "
                 f"{self.share:.2%} (max_errors); for example {example}"
             )
+
+    def extend_checked(self, problems: Collection[Problem], items: int) -> None:
+        """Take ``problems`` of ``items`` that were left after earlier problems: more than the share of these items are a
+        :class:`DataError`, whatever came before."""
+        fresh = Errors(self.share, what=self.what, quiet=True)
+        fresh.extend(problems)
+        self.extend(problems)
+        fresh.check(items, items)
 
     def summary(self) -> str:
         """The counts in one line, most frequent first: ``3 damaged, 1 empty``."""

@@ -215,8 +215,7 @@ def evaluate_grounding(
         lost = {number: one for _, part, _ in everyone for number, one in part.items()}
         method = everyone[0][2]
     errors = Errors() if errors is None else errors
-    errors.extend(lost[number] for number in sorted(lost))
-    errors.check(len(references), len(references))
+    errors.extend_checked([lost[number] for number in sorted(lost)], len(references))
     return _summary(method, references, [judged.get(number) for number in range(len(references))], len(lost))
 
 

@@ -118,8 +118,7 @@ def evaluate_task(
     finally:
         model.train(training)
     errors = Errors(what="examples") if errors is None else errors
-    errors.extend(lost.values())
-    errors.check(len(examples), len(examples))
+    errors.extend_checked(lost.values(), len(examples))
     kept = [example for example in examples if example.key in found]
     if not kept:
         raise ImageError(f"no example can be answered ({errors.summary()})")
