@@ -90,7 +90,7 @@ class Errors:
             )
 
     def extend_checked(self, problems: Collection[Problem], items: int) -> None:
-        """Take ``problems`` of ``items`` that were left after earlier problems: more than the share of these items are a
+        """Take ``problems`` of ``items`` that were left after earlier ones: more than the share of these items are a
         :class:`DataError`, whatever came before."""
         fresh = Errors(self.share, what=self.what, quiet=True)
         fresh.extend(problems)
