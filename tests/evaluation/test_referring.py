@@ -68,11 +68,13 @@ def test_what_is_wrong_is_named_and_counted(tmp_path: Path) -> None:
         {"image": "a.png", "objects": []},
         {"text": "it", "bbox": LEFT},
         [],
+        {**good, "bbox": [1, 2, 3]},
         {**good, "image": "/etc/passwd"},
     ]
     path, errors = _lines(tmp_path, good, *wrong), Errors(0.9)
     assert len(read_references(path, None, errors)) == 1
-    assert [problem.key for problem in errors.named] == [f"boxes.jsonl:{n}" for n in range(2, 9)]
+    assert [problem.key for problem in errors.named] == [f"boxes.jsonl:{n}" for n in range(2, 10)]
+    assert errors.named[-2].message == "boxes.jsonl:8: a box [1, 2, 3]: expected left, top, width, height"
     assert "lies outside" in errors.named[-1].message
     assert "positive sides" in errors.named[0].message
     with pytest.raises(DataError, match=r"boxes\.jsonl"):

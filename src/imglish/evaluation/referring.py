@@ -116,6 +116,8 @@ def _text(value: Any) -> str:
 
 
 def _box(value: Any) -> Box:
+    if not isinstance(value, list) or len(value) != 4:
+        raise ValueError(f"a box {value!r}: expected left, top, width, height")
     left, top, width, height = (float(side) for side in value)
     if not (width > 0 and height > 0 and left + width > 0 and top + height > 0):
         raise ValueError(f"a box {value!r}: expected left, top, width, height with positive sides")
