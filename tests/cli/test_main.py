@@ -33,6 +33,15 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no command 'trian'" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_a_command_with_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imglish.cli.models.main", stopped)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "imglish models: stopped\n"
+
+
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
     """A recipe whose data are files."""

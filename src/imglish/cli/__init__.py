@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+INTERRUPTED = 130  # as shells say of a program that Ctrl-C ended
+
 COMMANDS = {
     "train": ("imglish.cli.train", "train a model by a recipe; the same command resumes a run that was stopped"),
     "finetune": ("imglish.cli.finetune", "fine-tune a model for a task by a recipe: questions, statements, ..."),
@@ -36,7 +38,7 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status (0 well, 2 wrong usage or settings, others as the command says)."""
+    """Entry point; returns the exit status (0 well, 2 wrong usage or settings, 130 Ctrl-C, else by command)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -50,5 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"imglish: there is no command {command!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    status: int = import_module(COMMANDS[command][0]).main(rest)
+    try:
+        status: int = import_module(COMMANDS[command][0]).main(rest)
+    except KeyboardInterrupt:
+        print(f"imglish {command}: stopped", file=sys.stderr)
+        return INTERRUPTED
     return status
