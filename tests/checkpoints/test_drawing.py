@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import imglish
+from imglish.checkpoints import native
 from imglish.checkpoints.drawing import drawn
 from imglish.checkpoints.foreign import load_foreign
 from imglish.checkpoints.loading import load_any
@@ -75,3 +79,20 @@ def test_positions_alone_are_drawn_for_another_size(tmp_path: Path) -> None:
         model = load_any(path, image_size=48).model
     assert not any(value.is_meta for value in [*model.state_dict().values(), *model.buffers()])
     assert 0 < written.count <= 2 * model.state_dict()["vision.positions"].numel()
+
+
+def test_loading_does_not_wake_the_compiler(tmp_path: Path) -> None:
+    """Its import takes longer than loading does. In a new process: here others have imported it already."""
+    for family in ("albef", "clip", "coca"):
+        (tmp_path / family).mkdir()
+        official.write(family, tmp_path / family)
+    saved = imglish.load(tmp_path / "albef" / "albef.pth", device="cpu")
+    native.export(tmp_path / "own", saved.network, saved.tokenizer)
+    program = """
+import sys, imglish
+for path in sys.argv[1:]:
+    imglish.load(path, device="cpu")
+    assert "torch._dynamo" not in sys.modules, path
+"""
+    paths = [tmp_path / "own", tmp_path / "albef" / "albef.pth", tmp_path / "clip" / "clip.pth", tmp_path / "coca"]
+    subprocess.run([sys.executable, "-c", program, *map(str, paths)], check=True)

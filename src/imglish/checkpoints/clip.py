@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from imglish.checkpoints.drawing import undrawn
 from imglish.checkpoints.rules import TRANSPOSE, Converted, Drop, Rule, Table
 from imglish.checkpoints.sizes import count, heads
 from imglish.models.clip import ClipConfig, ResNetConfig, clip_vit
@@ -94,7 +94,7 @@ def convert(official: Mapping[str, Tensor], config: ClipConfig) -> Converted:
 
 def skeleton(config: ClipConfig | CocaConfig) -> dict[str, Tensor]:
     """Names, shapes and dtypes of our state dict, without memory."""
-    with torch.device("meta"):
+    with undrawn():
         return config.build().state_dict()
 
 

@@ -1,16 +1,39 @@
-"""First values for those weights of a model that a checkpoint lacks; the others are neither drawn nor allocated."""
+"""Models whose weights come from a file: nothing is drawn or allocated for them but what the file lacks."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 _SEED = 0
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Models that are built within are on the meta device: names and shapes alone."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """On the meta device normal numbers are not drawn: torch's rule for doing so imports its compiler, which costs
+    every command seconds and a hundred megabytes, and then does nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__name__", "") == "normal_" and (tensor := args[0] if args else given["tensor"]).is_meta:
+            return tensor
+        return func(*args, **given)
 
 
 def drawn(build: Callable[[], nn.Module], wanted: Callable[[str, nn.Parameter], bool]) -> nn.Module:
@@ -22,7 +45,7 @@ def drawn(build: Callable[[], nn.Module], wanted: Callable[[str, nn.Parameter], 
     handed out in the order in which the model asks for them.
     """
     made: list[nn.Parameter] = []
-    with torch.device("meta"), _Registered(made.append):
+    with undrawn(), _Registered(made.append):
         model = build()
     chosen = {id(held) for name, held in model.named_parameters(remove_duplicate=False) if wanted(name, held)}
     numbers = {number for number, parameter in enumerate(made) if id(parameter) in chosen}
@@ -35,7 +58,7 @@ def drawn(build: Callable[[], nn.Module], wanted: Callable[[str, nn.Parameter], 
             return None
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _Registered(away):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NothingDrawn(), _Registered(away):
         warnings.filterwarnings("ignore", ".*which is a no-op")  # parts that begin as copies of others
         torch.manual_seed(_SEED)
         model = build()

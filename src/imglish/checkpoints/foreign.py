@@ -14,10 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from imglish.checkpoints.drawing import drawn
+from imglish.checkpoints.drawing import drawn, undrawn
 from imglish.checkpoints.files import WeightFileError, read_weights
 from imglish.checkpoints.formats import FORMATS, Format, Layout, Source, classifier
 from imglish.checkpoints.native import CheckpointError, Loaded, built
@@ -53,7 +52,7 @@ def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes:
         config = registry.from_dict(config.family, registry.to_dict(config))  # numbers of the declared types
         config = with_picture(config, source.settings, source.folder)
         head = None if form.head is None else form.head(source)
-        with torch.device("meta"):
+        with undrawn():
             model = built(config, head)
         inner = "inner." if head is not None else ""
         target = {key.removeprefix(inner): value for key, value in model.state_dict().items()}
@@ -64,7 +63,7 @@ def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes:
     words = _tokenizer(source, form, config, tokenizer) if registry.reads_texts(config) else None
     if head is not None and head.form == "answers" and words is not None:
         head = replace(head, start=words.bos_id)
-        with torch.device("meta"):
+        with undrawn():
             model = built(config, head)
     state = {f"{inner}{key}": value for key, value in converted.state.items()}
     model.load_state_dict(_with_fresh(state, config, head), assign=True)

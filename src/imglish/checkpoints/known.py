@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import torch
 import yaml
 
+from imglish.checkpoints.drawing import undrawn
 from imglish.models import registry
 from imglish.models.capabilities import Captions, EncodesImages, EncodesTexts, FillsMasks, Matches
 
@@ -50,7 +50,7 @@ def architectures() -> Iterator[Architecture]:
     """All named configurations; nothing is allocated for them."""
     for name in registry.names():
         config: Any = registry.named(name)
-        with torch.device("meta"):
+        with undrawn():
             model = config.build()
         can = tuple(word for word, protocols in CAPABILITIES.items() if all(isinstance(model, p) for p in protocols))
         size = getattr(config.image, "size", 0)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from imglish import __version__, atomic
+from imglish.checkpoints.drawing import undrawn
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
 from imglish.models.capabilities import Matches
@@ -127,7 +128,7 @@ def load(path: str | Path) -> Loaded:
     atomic.recover(path)
     description = _description(path)
     config = _config(path, description)
-    with torch.device("meta"):  # nothing is drawn, nothing allocated: the weights become those of the mapped file
+    with undrawn():  # nothing is drawn, nothing allocated: the weights become those of the mapped file
         model = built(config, _head(path, description["head"]) if "head" in description else None)
     try:
         state = load_file(path / WEIGHTS)
