@@ -36,7 +36,7 @@ AT_ONCE = 100_000  # rows a commit
 def random_model(name: str, device: str) -> Model:
     """With random weights."""
     torch.manual_seed(0)
-    words = Tokenizer.train_wordpiece([" ".join(WORDS)], 100)
+    words = Tokenizer.train_wordpiece([" ".join(WORDS)] * 2, 200)  # what is seen once is cut into letters
     config = registry.named(name)
     return Model(native.Loaded(registry.build(config).eval(), words, config, "itc", {}), device)
 

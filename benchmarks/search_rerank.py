@@ -53,7 +53,7 @@ def photographs(folder: Path, count: int, side: tuple[int, int] = (1024, 768)) -
 
 def whole(pair: Pair, device: str) -> Model:
     """Ours with a tokenizer that knows the text."""
-    words = Tokenizer.train_wordpiece([TEXT], 100)
+    words = Tokenizer.train_wordpiece([TEXT] * 2, 200)  # what is seen once is cut into letters
     return Model(native.Loaded(pair.ours, words, pair.ours.config, "itm", {}), device)
 
 
