@@ -177,8 +177,8 @@ def check_gradients(
 ) -> None:
     """Norms of all gradients, and the gradients that are stored; ``convert(official, target)`` gives our names."""
     tied = {name: first for first, name in case.meta["ties"]}
-    weights = {name: value for name, value in case.weights().items() if value.is_floating_point()}
-    shapes = {name: value.shape for name, value in weights.items() if name not in tied}
+    left_out = tied.keys() | set(case.meta["kept_official"])
+    shapes = {name: shape for name, shape in case.shapes.items() if name not in left_out}
     target = {name: value.double() for name, value in model.state_dict().items()}
 
     def numbered(numbers: dict[str, Tensor]) -> dict[str, Tensor]:

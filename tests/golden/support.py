@@ -15,14 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from imglish.checkpoints.native import load_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+M = TypeVar("M", bound=nn.Module)
 
 
 def golden_root() -> Path:
@@ -111,6 +114,20 @@ class Case:
     def weights(self) -> dict[str, Tensor]:
         """The official state dict by the fill rule: name -> tensor, ties and kept scalars included."""
         return fill_a(self.meta) if self.kind == "a" else fill_b(self.meta)
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Those of :meth:`weights`, without making them."""
+        left_out = set() if self.kind == "a" else set(self.meta["buffers_kept"]) - set(self.meta["scalars_kept"])
+        return {name: torch.Size(shape) for name, shape, _ in self.meta["parameters"] if name not in left_out}
+
+
+def filled(build: Callable[[], M], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> M:
+    """A model with the weights of ``convert(its state dict)``; nothing is drawn that these would replace."""
+    with torch.device("meta"):
+        model = build()
+    load_weights(model, convert(model.state_dict()), "what the conversion gives")
+    return model
 
 
 def input_fill(case: str, name: str, shape: list[int]) -> np.ndarray:
@@ -234,7 +251,7 @@ def check_grad_norms(case: Case, norms: dict[str, float | None], actual: dict[st
 def official_gradients(
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     shapes: dict[str, torch.Size],
-    model: torch.nn.Module,
+    model: nn.Module,
 ) -> dict[str, Tensor | None]:
     """Gradients of ``model`` under the official names, whatever the conversion joins, splits or transposes.
 

@@ -27,7 +27,7 @@ from tests.golden.aligned import (
     vision_of,
     with_draws,
 )
-from tests.golden.support import Case, cases, check
+from tests.golden.support import Case, cases, check, filled
 
 STEPS = cases("albef-pretrain", "albef-retrieval")
 
@@ -49,8 +49,8 @@ def config_of(case: Case) -> AlbefConfig:
 def build(case: Case) -> tuple[Albef, MomentumTeacher[Albef]]:
     """Student and teacher with the weights of the fill rule, through the checkpoint conversion."""
     weights = case.weights()
-    model = config_of(case).build().train()
-    model.load_state_dict(official.convert(weights, model.state_dict(), model.config).state)
+    config = config_of(case)
+    model = filled(config.build, lambda target: official.convert(weights, target, config).state).train()
     teacher = model.make_teacher()
     assert teacher is not None
     teacher.model.load_state_dict(official.convert_teacher(weights, model.state_dict(), model.config).state)

@@ -15,7 +15,7 @@ from imglish.models.beit import Beit, BeitConfig, beit_base, beit_large
 from imglish.models.expert_sizes import HALF
 from imglish.models.vit import ImageInput
 from imglish.nn.relative import image_index
-from tests.golden.support import Case, cases, check, check_grad_norms, golden_root, official_gradients
+from tests.golden.support import Case, cases, check, check_grad_norms, filled, golden_root, official_gradients
 
 
 def config_of(case: Case) -> BeitConfig:
@@ -44,8 +44,7 @@ def masks_of(flags: Tensor) -> PatchMasks:
 @pytest.mark.parametrize("path", cases("beit-mim"), ids=lambda p: p.name)
 def test_masked_image_modelling(path: Path) -> None:
     case = Case(path)
-    model = config_of(case).build()
-    model.load_state_dict(official.convert(case.weights(), model.state_dict()).state)
+    model = filled(config_of(case).build, lambda target: official.convert(case.weights(), target).state)
     images, masked = case.inputs["image"], masks_of(case.inputs["bool_masked_pos"])
     codes = case.inputs["visual_tokens"].flatten()[masked.rows]
     logits = model.fill_patches(images, masked)
@@ -56,9 +55,8 @@ def test_masked_image_modelling(path: Path) -> None:
     with torch.no_grad():
         check_states(case, model, images, masked, logits)
     found["mim"].backward()
-    shapes = {n: v.shape for n, v in case.weights().items()}
     target = {n: v.double() for n, v in model.state_dict().items()}
-    gradients = official_gradients(lambda numbers: official.convert(numbers, target).state, shapes, model)
+    gradients = official_gradients(lambda numbers: official.convert(numbers, target).state, case.shapes, model)
     check_grad_norms(case, case.grad_norms, gradients)
 
 

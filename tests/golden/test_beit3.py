@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from imglish.objectives.itc import itc_loss
 from imglish.objectives.mlm import smoothed_mlm_loss
 from imglish.training.config import OptimiserRecipe, ScheduleRecipe
 from imglish.training.optim import build_optimiser, layer_rates, learning_rate, set_learning_rate
-from tests.golden.support import Case, cases, check, check_grad_norms, golden_root, official_gradients
+from tests.golden.support import Case, M, cases, check, check_grad_norms, filled, golden_root, official_gradients
 from tests.golden.test_beit import masks_of, state_dict_of
 from tests.ranks import run_ranks
 
@@ -62,9 +63,8 @@ def texts_of(case: Case, ids: str = "text_ids", pad: bool = True) -> TextBatch:
     return TextBatch(tokens[mask], Segments.of(mask.sum(1).tolist()))
 
 
-def load(case: Case, model: nn.Module, table: Table) -> nn.Module:
-    model.load_state_dict(table.convert(case.weights(), model.state_dict()).state)
-    return model
+def load(case: Case, build: Callable[[], M], table: Table) -> M:
+    return filled(build, lambda target: table.convert(case.weights(), target).state)
 
 
 def states_of(body: Multiway, images: Tensor | None, texts: TextBatch | None, masked: PatchMasks | None = None) -> Any:
@@ -129,7 +129,7 @@ def check_states(case: Case, name: str, states: Any, count: int, valid: Tensor |
 @pytest.mark.parametrize("path", cases("beit3-encoder"), ids=lambda p: p.name)
 def test_encoder(path: Path) -> None:
     case = Case(path)
-    model = load(case, Multiway(config_of(case)), body_table())
+    model = load(case, lambda: Multiway(config_of(case)), body_table())
     assert isinstance(model, Multiway)
     images, masked = case.inputs["image"], masks_of(case.inputs["vision_masked_position"])
     padded, whole = texts_of(case), texts_of(case, pad=False)
@@ -161,9 +161,8 @@ def body_table() -> Table:
 def check_gradients(case: Case, model: nn.Module, table: Table) -> None:
     if not case.grad_norms:
         return
-    shapes = {name: value.shape for name, value in case.weights().items()}
     target = {name: value.double() for name, value in model.state_dict().items()}
-    found = official_gradients(lambda numbers: numbered(numbers, target, table), shapes, model)
+    found = official_gradients(lambda numbers: numbered(numbers, target, table), case.shapes, model)
     check_grad_norms(case, case.grad_norms, found)
     for name in (n for n in case.outputs if n.startswith("grad.")):
         gradient = found[name.removeprefix("grad.")]
@@ -180,7 +179,7 @@ def numbered(numbers: dict[str, Tensor], target: dict[str, Tensor], table: Table
 @pytest.mark.parametrize("path", cases("beit3-retrieval-tiny"), ids=lambda p: p.name)
 def test_retrieval(path: Path) -> None:
     case = Case(path)
-    model = load(case, config_of(case).build(), retrieval_table())
+    model = load(case, config_of(case).build, retrieval_table())
     assert isinstance(model, Beit3)
     images, texts = case.inputs["image"], texts_of(case)
     count = len(images)
@@ -212,8 +211,7 @@ def batch_of(images: Tensor, texts: TextBatch) -> Batch:
 @pytest.mark.parametrize("path", cases("beit3-vqa"), ids=lambda p: p.name)
 def test_question_answering(path: Path) -> None:
     case = Case(path)
-    model = Beit3Vqa(config_of(case), case.config["num_classes"])
-    load(case, model, official.vqa_table())
+    model = load(case, lambda: Beit3Vqa(config_of(case), case.config["num_classes"]), official.vqa_table())
     images, texts = case.inputs["image"], texts_of(case)
     if "labels" in case.inputs:
         labels = case.inputs["labels"]
@@ -236,8 +234,7 @@ def test_question_answering(path: Path) -> None:
 @pytest.mark.parametrize("path", cases("beit3-nlvr2"), ids=lambda p: p.name)
 def test_pairs_of_pictures(path: Path) -> None:
     case = Case(path)
-    model = Beit3Nlvr2(config_of(case), case.config["num_classes"])
-    load(case, model, official.nlvr2_table())
+    model = load(case, lambda: Beit3Nlvr2(config_of(case), case.config["num_classes"]), official.nlvr2_table())
     first, second, texts = case.inputs["image_a"], case.inputs["image_b"], texts_of(case)
     logits = model([first, second], texts)
     check(case, "logits", logits)
@@ -255,8 +252,7 @@ def test_pairs_of_pictures(path: Path) -> None:
 @pytest.mark.parametrize("path", cases("beit3-imagenet"), ids=lambda p: p.name)
 def test_classes(path: Path) -> None:
     case = Case(path)
-    model = Beit3Classifier(config_of(case), case.config["num_classes"])
-    load(case, model, official.imagenet_table())
+    model = load(case, lambda: Beit3Classifier(config_of(case), case.config["num_classes"]), official.imagenet_table())
     images, labels = case.inputs["image"], case.inputs["labels"]
     with torch.no_grad():
         check_states(case, "image", states_of(model.body, images, None), len(images), None)
@@ -266,12 +262,16 @@ def test_classes(path: Path) -> None:
     check(case, "loss_soft_target", model.loss(images, case.inputs["soft_labels"]))
 
 
+def captioner_of(case: Case) -> Beit3:
+    config = config_of(case, "mlm", objective="captions")
+    return filled(config.build, lambda target: official.convert(case.weights(), target).state)
+
+
 @pytest.mark.parametrize("path", cases("beit3-captioning"), ids=lambda p: p.name)
 def test_captioning(path: Path) -> None:
     case = Case(path)
     given = case.meta["generation"]
-    model = config_of(case, "mlm", objective="captions").build()
-    model.load_state_dict(official.convert(case.weights(), model.state_dict()).state)
+    model = captioner_of(case)
     images, texts, masked = case.inputs["image"], texts_of(case), texts_of(case, "masked_tokens")
     valid = ~case.inputs["padding_mask"].bool()
     asked = case.inputs["language_masked_pos"].bool()
@@ -292,9 +292,8 @@ def test_captioning(path: Path) -> None:
         case, "loss_drop_worst", smoothed_mlm_loss(logits, labels, given["label_smoothing"], given["drop_worst_ratio"])
     )
     loss.backward()
-    shapes = {name: value.shape for name, value in case.weights().items()}
     target = {name: value.double() for name, value in model.state_dict().items()}
-    gradients = official_gradients(lambda numbers: official.convert(numbers, target).state, shapes, model)
+    gradients = official_gradients(lambda numbers: official.convert(numbers, target).state, case.shapes, model)
     check_grad_norms(case, case.grad_norms, gradients)
 
 
@@ -305,8 +304,7 @@ PUBLISHED_BEIT3 = BeamRule(prompt_counts=True)  # its lengths count the start to
 def test_captions_by_masked_decoding(path: Path) -> None:
     case = Case(path)
     given, ids = case.meta["generation"], case.meta["generation"]["ids"]
-    model = config_of(case, "mlm", objective="captions").build().eval()
-    model.load_state_dict(official.convert(case.weights(), model.state_dict()).state)
+    model = captioner_of(case).eval()
     prompts = [[ids["cls"]]] * len(case.inputs["image"])
     for beams in given["num_beams"]:
         config = GenerationConfig(beams=beams, max_length=given["max_len"], length_penalty=given["length_penalty"])
@@ -325,7 +323,7 @@ def test_captions_by_masked_decoding(path: Path) -> None:
 def test_five_steps(path: Path) -> None:
     case = Case(path)
     given = case.meta["train"]
-    model = load(case, config_of(case).build(), retrieval_table())
+    model = load(case, config_of(case).build, retrieval_table())
     recipe = OptimiserRecipe(
         lr=given["lr"],
         betas=tuple(given["betas"]),

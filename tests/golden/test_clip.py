@@ -15,7 +15,7 @@ from imglish.data.batch import Batch, TextBatch
 from imglish.models.clip import Clip
 from imglish.nn.resnet import ModifiedResNet
 from imglish.nn.segments import Segments
-from tests.golden.support import Case, cases, check, check_grad_norms
+from tests.golden.support import Case, cases, check, check_grad_norms, filled
 
 # the tokenizer's cases (other inputs) are for test_clip_tokenizer.py
 MODELS = [path for path in cases("clip") if "embed_dim" in Case(path).meta.get("config", {})]
@@ -52,9 +52,7 @@ def batch_of(case: Case, texts: TextBatch) -> Batch:
 
 def build(case: Case) -> Clip:
     config = official.config_from_arguments(case.config)
-    model = config.build().eval()
-    model.load_state_dict(official.convert(case.weights(), config).state)
-    return model
+    return filled(config.build, lambda _: official.convert(case.weights(), config).state).eval()
 
 
 def image_states(model: Clip, images: Tensor) -> dict[str, Tensor]:

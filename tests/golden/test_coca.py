@@ -29,7 +29,7 @@ from imglish.models.captioning import CaptionForm, CaptionState
 from imglish.models.coca import CONFIGS, Coca
 from imglish.nn.segments import Segments, upload_index
 from imglish.objectives.lm import lm_rows
-from tests.golden.support import Case, cases, check, check_grad_norms, golden_root, official_gradients
+from tests.golden.support import Case, cases, check, check_grad_norms, filled, golden_root, official_gradients
 from tests.golden.test_clip import recorded
 
 CASES = cases("coca-")
@@ -41,9 +41,7 @@ GROUPS = "diverse beam groups are not built: the current official code has dropp
 
 def build(case: Case) -> Coca:
     config = official.config_from_json(case.config)
-    model = config.build().eval()
-    model.load_state_dict(official.convert(case.weights(), config).state)
-    return model
+    return filled(config.build, lambda _: official.convert(case.weights(), config).state).eval()
 
 
 def texts_of(ids: Tensor) -> TextBatch:

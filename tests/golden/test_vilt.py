@@ -175,8 +175,7 @@ def check_alignment(case: Case, model: Vilt, states: Tensor, pairs: Pairs, match
 
 
 def check_gradients(case: Case, model: torch.nn.Module) -> None:
-    weights = case.weights()
-    shapes = {name: value.shape for name, value in weights.items() if not name.endswith("position_ids")}
+    shapes = {name: shape for name, shape in case.shapes.items() if not name.endswith("position_ids")}
 
     def convert(given: dict[str, Tensor]) -> dict[str, Tensor]:
         target = {name: value.double() for name, value in model.state_dict().items()}

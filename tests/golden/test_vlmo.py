@@ -22,7 +22,7 @@ from imglish.nn.segments import Segments
 from imglish.objectives.itm import negative_weights
 from imglish.training.optim import train_only
 from tests.golden.aligned import draws_for, masked_of, texts_of
-from tests.golden.support import REPOSITORY, Case, cases, check, check_grad_norms, official_gradients
+from tests.golden.support import REPOSITORY, Case, cases, check, check_grad_norms, filled, official_gradients
 
 RECIPE = yaml.safe_load((REPOSITORY / "recipes" / "vlmo-staged.yaml").read_text())
 TEXT_STAGE = RECIPE["stages"]["texts"]["optimiser"]["only"]
@@ -71,9 +71,8 @@ def config_of(meta_config: dict[str, Any]) -> VlmoConfig:
 
 def build(case: Case) -> Vlmo:
     """The model with the weights of the fill rule, through the checkpoint conversion."""
-    model = config_of(case.config).build().train()
-    model.load_state_dict(official.convert(case.weights(), model.state_dict(), model.config).state)
-    return model
+    config = config_of(case.config)
+    return filled(config.build, lambda target: official.convert(case.weights(), target, config).state).train()
 
 
 def batch_of(inputs: dict[str, Tensor]) -> Batch:
@@ -193,9 +192,8 @@ def check_relative(case: Case, model: Vlmo, text: int) -> None:
 
 def gradients(case: Case, model: Vlmo) -> dict[str, Tensor | None]:
     """Under the official names."""
-    shapes = {name: value.shape for name, value in case.weights().items()}
     target = {name: value.double() for name, value in model.state_dict().items()}
-    return official_gradients(lambda n: official.convert(n, target, model.config).state, shapes, model)
+    return official_gradients(lambda n: official.convert(n, target, model.config).state, case.shapes, model)
 
 
 def check_gradients(case: Case, model: Vlmo) -> None:
@@ -318,7 +316,7 @@ def test_text_stage(path: Path) -> None:
 def trained_officially(case: Case, model: Vlmo) -> dict[str, bool]:
     """Our parameter names -> whether the official text stage trains them."""
     trained = set(case.meta["requires_grad_true"])
-    marks = {name: torch.full(value.shape, float(name in trained)) for name, value in case.weights().items()}
+    marks = {name: torch.full(shape, float(name in trained)) for name, shape in case.shapes.items()}
     return {n: bool(v.any()) for n, v in official.convert(marks, model.state_dict(), model.config).state.items()}
 
 

@@ -63,7 +63,7 @@ class OfficialAdamW:
     def __init__(self, case: Case, model: Vlmo) -> None:
         self.model, self.steps = model, 0
         decays = {name: g["weight_decay"] for g in case.meta["optimizer_groups"] for name in g["names"]}
-        marks = {name: torch.full(value.shape, decays[name]) for name, value in case.weights().items()}
+        marks = {name: torch.full(shape, decays[name]) for name, shape in case.shapes.items()}
         self.decays = official.convert(marks, model.state_dict(), model.config).state
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
 

@@ -28,10 +28,9 @@ def build(case: Case, head: str) -> VlmoAnswers | VlmoReasoning:
 
 
 def check_gradients(case: Case, model: VlmoAnswers | VlmoReasoning, head: str) -> None:
-    shapes = {name: value.shape for name, value in case.weights().items()}
     target = {name: value.double() for name, value in model.state_dict().items()}
     table = official.task_table(model.vlmo.config, head)
-    found = official_gradients(lambda numbers: table.convert(numbers, target).state, shapes, model)
+    found = official_gradients(lambda numbers: table.convert(numbers, target).state, case.shapes, model)
     buffers = case.meta["buffers_kept"]
     check_grad_norms(case, {n: v for n, v in case.grad_norms.items() if n not in buffers}, found)
     for name in case.outputs:
