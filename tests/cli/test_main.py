@@ -42,6 +42,20 @@ def test_ctrl_c_ends_a_command_with_a_line(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "imglish models: stopped\n"
 
 
+def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word() -> None:
+    code = (
+        "import imglish.cli.models as models; from imglish.cli import main; "
+        "models.main = lambda _: print('line\\n' * 100_000); raise SystemExit(main(['models']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
     """A recipe whose data are files."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 INTERRUPTED = 130  # as shells say of a program that Ctrl-C ended
+UNREAD = 141  # as they say of one whose output nobody reads any more
 
 COMMANDS = {
     "train": ("imglish.cli.train", "train a model by a recipe; the same command resumes a run that was stopped"),
@@ -57,4 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"imglish {command}: stopped", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who reads the output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     return status
