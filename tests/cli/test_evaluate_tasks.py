@@ -100,6 +100,10 @@ def test_zeroshot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "shoe<b>" not in page
     assert main([*arguments[:-4], "--templates", "fr"]) == 2
     assert "neither a file nor one of" in capsys.readouterr().err
+    for held, message in (("{", "names.json:1: not JSON"), ('{"hat": 3}', "names.json: expected an object from class")):
+        names.write_text(held, encoding="utf-8")
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_grounding(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,3 +228,6 @@ def test_a_suite_is_one_table_and_continues(folder: Path, tmp_path: Path, capsys
     suite.write_text("tasks:\n  mine: {model: x}\n")
     assert main(["eval", "suite", str(suite), "--out", str(tmp_path / "out")]) == 2
     assert "tasks.mine: an entry needs a task" in capsys.readouterr().err
+    suite.write_text("tasks:\n  mine: {task: vqa, model: x, data: y, colour: 3}\n")
+    assert main(["eval", "suite", str(suite), "--out", str(tmp_path / "out")]) == 2
+    assert "tasks.mine: unrecognized arguments: --colour 3; see imglish eval vqa --help" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +43,7 @@ def suite(arguments: argparse.Namespace, parse: Callable[[Sequence[str]], Any], 
 
     out = Path(arguments.out)
     entries = {name: _options(name, entry, out) for name, entry in _entries(Path(arguments.suite)).items()}
-    asked = {name: parse(options) for name, options in entries.items()}  # a mistake shows before any work
+    asked = {name: _asked(parse, name, options) for name, options in entries.items()}  # a mistake shows before any work
     with process_group(pick_device(None)):
         for name, each in asked.items():
             if _finished(out / name, entries[name]):
@@ -99,6 +101,19 @@ def _options(name: str, entry: Mapping[str, Any], out: Path) -> list[str]:
         given = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words += [f"--{key}"] if value is True else [f"--{key}", given]
     return [*words, "--out", str(out / name)]
+
+
+def _asked(parse: Callable[[Sequence[str]], Any], name: str, options: list[str]) -> Any:
+    """The options as `imglish eval` understands them; what it does not is said of the entry."""
+    from imglish.training.settings import SettingsError
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse(options)
+    except SystemExit as error:
+        reason = said.getvalue().strip().rpartition("error: ")[2]
+        raise SettingsError(f"tasks.{name}", f"{reason}; see imglish eval {options[0]} --help") from error
 
 
 def _finished(folder: Path, options: list[str]) -> bool:

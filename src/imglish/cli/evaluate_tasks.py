@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +172,7 @@ def zeroshot(arguments: argparse.Namespace) -> int:
     from imglish.training.ranks import process_group
 
     templates = templates_of(arguments.templates)
-    names = json.loads(Path(arguments.names).read_text(encoding="utf-8")) if arguments.names else None
+    names = _names(Path(arguments.names)) if arguments.names else None
     loaded, device, machine, rule = _opened(arguments)
     config = ZeroShotConfig(templates, arguments.rerank, names, rule, machine)
     with process_group(device):
@@ -187,6 +186,17 @@ def zeroshot(arguments: argparse.Namespace) -> int:
         facts = {"model": arguments.model, "data": arguments.data, "templates": " | ".join(templates)}
         _deliver(arguments, result, lambda: classes_report(result, records, "Zero-shot classification", facts))
     return 0
+
+
+def _names(path: Path) -> dict[str, str]:
+    """From class to what it is called in a sentence."""
+    from imglish.data.errors import DataError
+    from imglish.data.tasks.examples import parsed, text_of
+
+    held = parsed(text_of(path), path.name)
+    if not isinstance(held, dict) or not all(isinstance(name, str) for name in held.values()):
+        raise DataError(f'{path}: expected an object from class to its name in a sentence: {{"n02084071": "dog"}}')
+    return held
 
 
 def linear_probe(arguments: argparse.Namespace) -> int:
