@@ -126,3 +126,11 @@ def test_one_name_cut_into_several_and_joined_again() -> None:
         Table(Rule("a", "q"), Cut("in", ("q", "kv"), (1, 2))).convert(
             {"a": torch.zeros(1), "in": torch.zeros(3)}, {"q": torch.zeros(1), "kv": torch.zeros(2)}
         )
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.complex64])
+def test_numbers_of_another_kind_are_refused(kind: torch.dtype) -> None:
+    with pytest.raises(ConversionError, match=rf"1 kinds of numbers that differ .*b: {kind}, expected torch\.float32"):
+        Table(Rule("a", "b")).convert({"a": torch.ones(2, dtype=kind)}, {"b": torch.ones(2)})
+    half = Table(Rule("a", "b")).convert({"a": torch.ones(2).half()}, {"b": torch.ones(2)})
+    assert half.state["b"].dtype == torch.float32

@@ -154,7 +154,8 @@ class Table:
         """The state dict of ours whose names and shapes are those of ``target`` (which may be on the meta device).
 
         Floating tensors take the dtype of the target. Raises :class:`ConversionError` unless every source name is
-        used, dropped or tied, every target name is made or declared fresh, and all shapes agree.
+        used, dropped or tied, every target name is made or declared fresh, and all shapes and kinds of numbers
+        (floating or not) agree.
         """
         made, report, unknown = self._rename(source)
         for name, reason in self.fresh(name for name in target if name not in made):
@@ -167,10 +168,16 @@ class Table:
             for name, value in made.items()
             if name in target and value.shape != target[name].shape
         ]
+        kinds = [
+            f"{name}: {value.dtype}, expected {target[name].dtype}"
+            for name, value in made.items()
+            if name in target and value.is_floating_point() != target[name].is_floating_point()
+        ]
         problems = {
             "names in the checkpoint that no rule knows": unknown + surplus,
             "names of the model that the checkpoint does not give": missing,
             "shapes that differ (checkpoint, model)": wrong,
+            "kinds of numbers that differ (checkpoint, model)": kinds,
         }
         if any(problems.values()):
             raise ConversionError("\n".join(_listed(title, items) for title, items in problems.items() if items))
