@@ -56,7 +56,8 @@ def official(decoder: AnswerDecoder, questions: Ragged, answers: list[list[int]]
         return decoder.logits(out).unflatten(0, ids.shape)
 
     first = logits(padded[:1, :1].repeat(count, 1), memory)[:, 0].log_softmax(1)
-    chosen = first[:, padded[:, 1]].topk(shortlist, dim=1).indices
+    # of answers with the same first word those that stand first, as here; topk's choice among them is arbitrary
+    chosen = first[:, padded[:, 1]].sort(dim=1, descending=True, stable=True).indices[:, :shortlist]
     ids = padded[chosen.flatten()]
     found = logits(ids, memory.repeat_interleave(shortlist, 0))[:, :-1].float().log_softmax(2)
     targets = ids[:, 1:]
