@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import imglish.search
+from imglish import cli
 from imglish.cli.search import NO_MATCH, main
 from imglish.data.sources import open_source
 from imglish.evaluation.encoding import Machine
@@ -357,5 +358,5 @@ def test_the_command(
     os.close(reading)
     with monkeypatch.context() as patch, open(writing, "w") as pipe:
         patch.setattr(sys, "stdout", pipe)
-        assert main([where, TEXTS[0], "--device", "cpu"]) == 0  # who reads has gone, as head goes
+        assert cli.main(["search", where, TEXTS[0], "--device", "cpu"]) == cli.UNREAD  # its reader has gone
     assert "pipe" not in capsys.readouterr().err

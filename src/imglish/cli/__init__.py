@@ -56,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         status: int = import_module(COMMANDS[command][0]).main(rest)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"imglish {command}: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # who reads the output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes nowhere
         return UNREAD
     return status

@@ -31,7 +31,7 @@ NO_MATCH = 3
 
 
 def main(argv: Sequence[str]) -> int:
-    """Status: 0 found, or the reader saw enough; 1 index or disk failed; 2 wrong arguments or model; 3 no match."""
+    """Status: 0 found, 1 the index or the disk failed, 2 wrong arguments or model, 3 no good match."""
     parser = argparse.ArgumentParser(
         "imglish search", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,12 +68,9 @@ def main(argv: Sequence[str]) -> int:
     from imglish.search.store import StoreError
 
     try:
-        status = _search(arguments)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes nowhere
-        return 0
+        return _search(arguments)
+    except BrokenPipeError:
+        raise  # no fault of index or disk: the reader has seen enough
     except (StoreError, OSError) as error:
         print(f"imglish search: {error}", file=sys.stderr)
         return 1
