@@ -121,7 +121,12 @@ def _plot(scenes: list[dict[str, Any]], flickr: list[dict[str, Any]], rates: lis
                 label = f"{row['rate']} %, {row['trained']} model, {row['split']}" if name == "itm" else None
                 colour = f"C{flickr.index(row)}"
                 axes[2].plot([r for r, _ in points], [p for _, p in points], style, color=colour, label=label)
-    axes[2].set(xlabel="recall of right captions", ylabel="precision", title="Flickr8k shuffled: ITM —, ITC ···")
+    axes[2].set(
+        xlabel="recall of right captions",
+        ylabel="precision",
+        title="Flickr8k shuffled: ITM —, ITC ···",
+        ylim=(0.25, 1.02),
+    )
     axes[2].legend(fontsize=7)
     for one in axes:
         one.grid(alpha=0.3)
