@@ -8,7 +8,6 @@ Burapacheep et al. 2024).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from imglish.data.errors import DataError, Errors, Problem, printable
+from imglish.data.errors import DataError, Errors
 from imglish.data.images import decode
 from imglish.data.pictures import Picture
 from imglish.data.records import Record
-from imglish.data.tasks.examples import Unusable, entries_of, picture
+from imglish.data.tasks.examples import items_of, picture
 from imglish.evaluation.encoding import DEFAULT_MACHINE, Encodes, Machine
 from imglish.evaluation.metrics import binding_correct, pairwise_correct
 from imglish.evaluation.pairs import score_pairs
@@ -53,19 +52,12 @@ def read_items(path: Path, images: Path | None, errors: Errors) -> list[Item]:
     in ``errors``; too many of them, or none that is well, are a :class:`DataError`.
     """
     files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
-    items, seen = [], 0
-    for file in files:
-        for place, entry in entries_of(file):
-            seen += 1
-            try:
-                item = _item(entry, place, file.stem, images or file.parent)
-                if missing := [str(shown) for shown, _ in item.pictures if not os.path.isfile(shown)]:
-                    raise Unusable("missing picture", f"there is no {printable(missing[0])}")
-                items.append(item)
-            except (KeyError, TypeError, ValueError) as error:
-                what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-                errors.add(Problem(place, getattr(error, "reason", "wrong layout"), f"{place}: {what}"))
-    errors.check(seen, seen)
+
+    def parse(file: Path, place: str, entry: Any) -> list[Item]:
+        """The one item of an entry."""
+        return [_item(entry, place, file.stem, images or file.parent)]
+
+    items = items_of(files, parse, lambda item: (shown for shown, _ in item.pictures), errors)
     if not items:
         raise DataError(f"{path}: no item to evaluate on ({errors.summary() or 'no entries'})")
     return items

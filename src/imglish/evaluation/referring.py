@@ -7,7 +7,6 @@ right one among proposed boxes (RefCOCO, by ALBEF's rule). Both stand beside ans
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from imglish.data.errors import DataError, Errors, Problem, printable
+from imglish.data.errors import DataError, Errors, Problem
 from imglish.data.images import ImageError, decode
 from imglish.data.pictures import picture_of
-from imglish.data.tasks.examples import Unusable, entries_of, picture
+from imglish.data.tasks.examples import items_of, picture
 from imglish.evaluation.encoding import DEFAULT_MACHINE, Machine
 from imglish.evaluation.explain import Explanation, Method, ReadsWords, explain_pairs
 from imglish.evaluation.grounding import Box, overlap, points_at, proposal_scores
@@ -65,19 +64,12 @@ def read_references(path: Path, images: Path | None, errors: Errors, template: s
     """
     if template.count("{}") != 1:
         raise ValueError(f"template {template!r}: expected one {{}}, where the label goes")
-    found: list[Reference] = []
-    seen = 0
-    for place, entry in entries_of(path):
-        seen += 1
-        try:
-            made = list(_references(entry, place, images or path.parent, template))
-            if not os.path.isfile(made[0].image):
-                raise Unusable("missing picture", f"there is no {printable(str(made[0].image))}")
-            found += made
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            errors.add(Problem(place, getattr(error, "reason", "wrong layout"), f"{place}: {what}"))
-    errors.check(seen, seen)
+
+    def parse(file: Path, place: str, entry: Any) -> list[Reference]:
+        """All references to one picture."""
+        return list(_references(entry, place, images or file.parent, template))
+
+    found = items_of([path], parse, lambda reference: [reference.image], errors)
     if not found:
         raise DataError(f"{path}: no reference to evaluate on ({errors.summary() or 'no entries'})")
     return found

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from imglish.data.errors import DataError, Errors, Problem, printable
 from imglish.data.sources.files import escapes
@@ -63,6 +63,7 @@ class Unusable(ValueError):  # noqa: N818 (a signal to :func:`read_examples`)
 
 
 Entry = Mapping[str, Any]
+Item = TypeVar("Item")
 
 
 def read_examples(
@@ -90,8 +91,7 @@ def read_examples(
             if example.key in found:
                 raise Unusable("comes twice", f"{example.key!r} was at {found[example.key].place} before")
             for picture in example.images[: data.pictures or None]:
-                if not here(picture):
-                    raise Unusable("missing picture", f"there is no {printable(str(picture))}")
+                here.require(picture)
             found[example.key] = example
         except Unusable as error:
             errors.add(Problem(place, error.reason, f"{place}: {error}"))
@@ -103,16 +103,47 @@ def read_examples(
     return list(found.values())
 
 
+def items_of(
+    files: Iterable[Path],
+    parse: Callable[[Path, str, Any], Sequence[Item]],
+    pictures: Callable[[Item], Iterable[Path]],
+    errors: Errors,
+) -> list[Item]:
+    """What ``parse`` makes of the entries of ``files`` (file, place, entry) whose ``pictures`` are there.
+
+    It raises ``KeyError``, ``TypeError`` or ``ValueError`` for an entry of another layout. What cannot be used is
+    counted in ``errors`` and named by its place; too much of it is a :class:`DataError`.
+    """
+    found: list[Item] = []
+    seen, here = 0, _Present()
+    for file in files:
+        for place, entry in entries_of(file):
+            seen += 1
+            try:
+                made = parse(file, place, entry)
+                for item in made:
+                    for path in pictures(item):
+                        here.require(path)
+                found += made
+            except (KeyError, TypeError, ValueError) as error:
+                what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+                errors.add(Problem(place, getattr(error, "reason", "wrong layout"), f"{place}: {what}"))
+    errors.check(seen, seen)
+    return found
+
+
 class _Present:
     """Whether a file is there; every file is looked for once."""
 
     def __init__(self) -> None:
         self.known: dict[Path, bool] = {}
 
-    def __call__(self, path: Path) -> bool:
+    def require(self, path: Path) -> None:
+        """:class:`Unusable` where it is not."""
         if path not in self.known:
             self.known[path] = os.path.isfile(path)  # unlike Path.is_file, False for a name that is too long
-        return self.known[path]
+        if not self.known[path]:
+            raise Unusable("missing picture", f"there is no {printable(str(path))}")
 
 
 def entries_of(path: Path) -> Iterator[tuple[str, Any]]:
