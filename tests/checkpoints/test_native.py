@@ -52,6 +52,9 @@ def test_a_model_comes_back_whole(tmp_path: Path, tokenizer: Tokenizer, name: st
     assert len({file.stat().st_mode for file in path.iterdir()}) == 1
 
 
+NUMBERS = {"int8": torch.int8, "bool": torch.bool, "float8": torch.float8_e4m3fn, "complex": torch.complex64}
+
+
 def damage(path: Path, what: str) -> None:
     described = path / "imglish.json"
     data = json.loads(described.read_text())
@@ -70,6 +73,8 @@ def damage(path: Path, what: str) -> None:
         weights["extra"] = torch.zeros(1)
     elif what == "shape":
         weights["text_proj.weight"] = torch.zeros(2, 2)
+    elif what in NUMBERS:
+        weights["text_proj.weight"] = weights["text_proj.weight"].to(NUMBERS[what])
     described.write_text(json.dumps(data) if what != "no json" else "{")
     save_file(weights, path / "model.safetensors")
     if what == "cut":
@@ -93,6 +98,10 @@ def damage(path: Path, what: str) -> None:
         ("missing weight", r"1 weights are missing: logit_scale"),
         ("surplus weight", r"1 weights do not belong to the model: extra"),
         ("shape", r"shapes differ: text_proj\.weight is \(2, 2\), the model's is \(64, 64\)"),
+        *(
+            (name, rf"kinds of numbers differ: text_proj\.weight is {kind}, .*float32")
+            for name, kind in NUMBERS.items()
+        ),
         ("no json", r"imglish\.json is not JSON"),
         ("cut", r"model\.safetensors cannot be read"),
         ("tokenizer", r"tokenizer\.json cannot be read"),
@@ -105,6 +114,17 @@ def test_damage_is_named(tmp_path: Path, tokenizer: Tokenizer, what: str, messag
     damage(path, what)
     with pytest.raises(CheckpointError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precision_become_the_models(tmp_path: Path, tokenizer: Tokenizer, kind: torch.dtype) -> None:
+    model = make("clip-tiny", tokenizer)
+    path = export(tmp_path / "model", model, tokenizer)
+    weights = {name: value.to(kind) for name, value in load_file(path / "model.safetensors").items()}
+    save_file(weights, path / "model.safetensors")
+    state = load(path).model.state_dict()
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert all(torch.equal(value, weights[name].float()) for name, value in state.items())
 
 
 def test_no_model_there(tmp_path: Path) -> None:

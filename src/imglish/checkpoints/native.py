@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from imglish import __version__, atomic
 from imglish.checkpoints.drawing import undrawn
+from imglish.checkpoints.rules import same_kind
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
 from imglish.models.capabilities import Matches
@@ -161,7 +162,8 @@ def _tokenizer(path: Path, config: Any) -> Tokenizer:
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Copy ``state`` into ``model``, or make its tensors the weights of a model on the meta device.
 
-    A name or shape that one side lacks is a :class:`CheckpointError`.
+    A name or shape that one side lacks, or another kind of numbers (:func:`imglish.checkpoints.rules.same_kind`), is a
+    :class:`CheckpointError`.
     """
     mine = model.state_dict()
     problems = []
@@ -176,6 +178,13 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     ]
     if differing:
         problems.append(f"shapes differ: {_some(differing)}")
+    kinds = [
+        f"{name} is {state[name].dtype}, the model's is {mine[name].dtype}"
+        for name in mine
+        if name in state and not same_kind(state[name], mine[name])
+    ]
+    if kinds:
+        problems.append(f"kinds of numbers differ: {_some(kinds)}")
     if problems:
         raise CheckpointError(
             f"{source} does not fit {type(model).__name__} of this configuration; " + "; ".join(problems)

@@ -155,7 +155,7 @@ class Table:
 
         Floating tensors take the dtype of the target. Raises :class:`ConversionError` unless every source name is
         used, dropped or tied, every target name is made or declared fresh, and all shapes and kinds of numbers
-        (floating or not) agree.
+        (:func:`same_kind`) agree.
         """
         made, report, unknown = self._rename(source)
         for name, reason in self.fresh(name for name in target if name not in made):
@@ -171,7 +171,7 @@ class Table:
         kinds = [
             f"{name}: {value.dtype}, expected {target[name].dtype}"
             for name, value in made.items()
-            if name in target and value.is_floating_point() != target[name].is_floating_point()
+            if name in target and not same_kind(value, target[name])
         ]
         problems = {
             "names in the checkpoint that no rule knows": unknown + surplus,
@@ -277,6 +277,15 @@ def _joined(cut: Cut, ours: Mapping[str, Tensor], used: set[str]) -> dict[str, T
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def same_kind(value: Tensor, target: Tensor) -> bool:
+    """Whether ``value`` may become ``target``: floating numbers of 16 bits or more among each other; everything else
+    (integers, truths, complex numbers, and the 8 bits and less that mean nothing without their scales) as it is."""
+    return value.dtype == target.dtype or (value.dtype in _FLOATS and target.dtype in _FLOATS)
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
