@@ -11,16 +11,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import imglish
-from imglish.checkpoints import native
+from imglish.checkpoints import beit, beit3, native
 from imglish.checkpoints.foreign import load_foreign
 from imglish.checkpoints.native import CheckpointError
 from imglish.data.batch import TextBatch
+from imglish.models.heads import HeadConfig, with_head
 from tests.checkpoints import official
 
 transformers = pytest.importorskip("transformers")
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "man", "red", "top", "in", "the", "snow"]
 TEXTS = ["a dog in the snow", "a man in a red top"]
+CLASSES = HeadConfig("classification", classes=("a", "b", "c"), texts=False)
 SMALL = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -126,11 +128,32 @@ def test_a_file_of_another_kind_is_told_what_it_resembles(tmp_path: Path) -> Non
         load_foreign(tmp_path / "x.pth")
 
 
-def test_a_classifier_of_pictures_is_named_and_not_read(tmp_path: Path) -> None:
-    names = ["cls_token", "blocks.0.attn.q_bias", "blocks.0.attn.relative_position_bias_table", "fc_norm.weight"]
-    torch.save({"model": {name: torch.ones(4) for name in names} | {"head.weight": torch.ones(21, 4)}}, tmp_path / "x")
-    with pytest.raises(CheckpointError, match=r"x is a classifier of pictures alone \(BEiT or BEiT-2 .* 21 classes"):
-        load_foreign(tmp_path / "x")
+@pytest.mark.parametrize("family", ["beit", "beit3"])
+def test_a_classifier_of_pictures_needs_no_tokenizer(family: str, tmp_path: Path) -> None:
+    """As released: a table of relative positions in each layer (BEiT), and what BEiT-3 has for texts, unused."""
+    torch.manual_seed(0)
+    model = with_head(official.config(family).build(), CLASSES).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1)
+    table = beit.classifier_table() if family == "beit" else beit3.imagenet_table()
+    weights = table.revert(model.inner.state_dict())
+    if family == "beit":
+        weights |= {f"blocks.{n}.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.int64) for n in (0, 1)}
+    torch.save({"model": weights}, tmp_path / "x.pth")
+    loaded = load_foreign(tmp_path / "x.pth")
+    assert loaded.words is None
+    assert loaded.model.head.classes == ("0", "1", "2")  # type: ignore[union-attr]
+    image = loaded.config.image
+    assert (image.resize, image.crop) == ("center", 224 / 256)
+    picture = torch.randn(2, 3, official.SIZE, official.SIZE)
+    with torch.no_grad():
+        found, expected = (one.classify([picture], TextBatch.of([[], []])) for one in (loaded.model, model))  # type: ignore[operator]
+    assert torch.equal(found, expected)
+    assert expected.std() > 0.1
+    (tmp_path / "names.json").write_text('["cat", "dog", "fox"]')
+    named = load_foreign(tmp_path / "x.pth", classes=tmp_path / "names.json")
+    assert named.model.head.classes == ("cat", "dog", "fox")  # type: ignore[union-attr]
 
 
 def test_a_checkpoint_with_a_name_too_many_or_too_few_is_refused(tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from imglish.checkpoints import hf_settings
+from imglish.checkpoints import hf_settings, native
 from imglish.checkpoints.foreign import load_foreign
 from imglish.checkpoints.hf_export import export_transformers, kinds
 from imglish.checkpoints.loading import load_any
 from imglish.checkpoints.native import CheckpointError, Loaded
-from imglish.data.batch import TextBatch
+from imglish.data.batch import PatchMasks, TextBatch
 from imglish.generation.config import GenerationConfig
 from imglish.generation.engine import generate
 from imglish.models.capabilities import EncodedImages
@@ -189,6 +190,24 @@ def towers(kind: str) -> Any:
     return transformers.CLIPConfig(text_config=text | ends, vision_config=VISION, projection_dim=24)
 
 
+def beit_codes(theirs: Any, loaded: Loaded, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    masked = torch.zeros(2, 16, dtype=torch.bool)
+    masked[0, 3:7] = masked[1, 10:] = True
+    model: Any = loaded.model
+    patches = PatchMasks(masked.flatten().nonzero()[:, 0], (4, 6), 16)
+    logits = theirs(images, bool_masked_pos=masked).logits
+    return {"codes": (logits[masked], model.fill_patches(images, patches))}
+
+
+def beit_classes(theirs: Any, loaded: Loaded, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    model: Any = loaded.model
+    return {"logits": (theirs(images).logits, model.classify([images], TextBatch.of([[], []])))}
+
+
+def beit_config(**changes: Any) -> Any:
+    return transformers.BeitConfig(**SIZES, image_size=32, patch_size=8, vocab_size=40, layer_norm_eps=1e-3, **changes)
+
+
 LAYOUTS: dict[str, tuple[Callable[[], Any], Compute, str, int]] = {  # class -> config, comparison, our kind, side
     "CLIPModel": (lambda: towers("CLIPConfig"), contrast, "hf-clip", 32),
     "ChineseCLIPModel": (lambda: towers("ChineseCLIPConfig"), contrast, "hf-chinese-clip", 32),
@@ -206,6 +225,18 @@ LAYOUTS: dict[str, tuple[Callable[[], Any], Compute, str, int]] = {  # class -> 
     "BlipForImageTextRetrieval": (blip_config, blip_matching, "hf-blip", 32),
     "BlipForConditionalGeneration": (blip_config, blip_captions, "hf-blip", 32),
     "BlipForQuestionAnswering": (blip_config, blip_answers, "hf-blip-vqa", 32),
+    "BeitForMaskedImageModeling": (
+        lambda: beit_config(use_mask_token=True, use_shared_relative_position_bias=True),
+        beit_codes,
+        "hf-beit",
+        32,
+    ),
+    "BeitForImageClassification": (
+        lambda: beit_config(use_relative_position_bias=True, num_labels=5),
+        beit_classes,
+        "hf-beit-classes",
+        32,
+    ),
 }
 KINDS = {"ViltForImageAndTextRetrieval": "matching", "BlipForConditionalGeneration": "captioning"}
 
@@ -240,8 +271,8 @@ def test_there_and_back(cls: str, tmp_path: Path) -> None:
     loaded = load_foreign(tmp_path / "theirs")
     assert loaded.meta["from"]["format"] == LAYOUTS[cls][2]
     compare(cls, theirs, loaded)
-    if cls == "ViltModel":
-        return  # has no head for anything that we would write
+    if cls == "ViltModel" or cls.startswith("Beit"):
+        return  # has no head for anything that we would write; BEiT is read alone
     written, _ = export_transformers(tmp_path / "ours", loaded, KINDS.get(cls))
     again = getattr(transformers, cls).from_pretrained(written).eval()
     compare(cls, again, loaded)
@@ -284,6 +315,7 @@ def test_the_body_of_a_blip_without_heads(tmp_path: Path) -> None:
 def test_what_their_files_leave_out_is_known() -> None:
     """``config.json`` on the hub holds only what differs from the defaults of the configuration classes."""
     classes = {"clip": "CLIP", "chinese_clip": "ChineseCLIP", "siglip": "Siglip", "blip": "Blip", "vilt": "Vilt"}
+    classes["beit"] = "Beit"
     for kind, name in classes.items():
         theirs = getattr(transformers, f"{name}Config")().to_dict()
         for key, value in hf_settings.DEFAULTS[kind].items():
@@ -335,6 +367,55 @@ def test_pictures_are_prepared_as_the_files_say(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     image = load_foreign(tmp_path).config.image
     assert (image.mean, image.std, image.resize) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "squash")
+
+
+@pytest.mark.parametrize(
+    ("cut", "resize", "crop"),
+    [
+        ({"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}, "center", 0.8),
+        ({"size": {"height": 40, "width": 40}, "crop_size": {"height": 32, "width": 32}}, "squash", 0.8),
+        ({"size": 32, "crop_size": 32}, "center", 1.0),  # as older versions wrote it
+    ],
+)
+def test_what_is_cut_out_of_a_picture(cut: Any, resize: str, crop: float, tmp_path: Path) -> None:
+    """As their image processor does it, up to the rounding of one resize in place of resize and cut."""
+    saved("BeitForImageClassification", tmp_path)
+    said = {"do_center_crop": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, **cut}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    image = load_foreign(tmp_path).config.image
+    assert (image.resize, image.crop) == (resize, crop)
+    picture = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).convert("RGB")
+    shown = image.transform()(picture)
+    size = cut["size"] if isinstance(cut["size"], dict) else {"shortest_edge": cut["size"]}
+    side = size.get("shortest_edge") or size["height"]
+    wide = side * 90 // 60 if "shortest_edge" in size else side
+    resized = picture.resize((wide, side), Image.Resampling.BICUBIC)
+    left, upper = (wide - 32) // 2, (side - 32) // 2
+    expected = np.asarray(resized.crop((left, upper, left + 32, upper + 32)))
+    assert np.abs(shown.astype(int) - expected).mean() < 2
+    assert np.abs(shown.astype(int) - np.asarray(picture.resize((32, 32)))).mean() > 4
+
+
+def test_classes_of_pictures_keep_their_names(tmp_path: Path) -> None:
+    saved("BeitForImageClassification", tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["id2label"] = {str(number): name for number, name in enumerate(["cat", "crane", "dog", "crane", "fox"])}
+    file.write_text(json.dumps(config))
+    (tmp_path / "vocab.txt").unlink()  # nothing is read
+    loaded = load_foreign(tmp_path)
+    head: Any = loaded.model.head
+    assert head.classes == ("cat", "crane (1)", "dog", "crane (3)", "fox")
+    assert loaded.words is None
+    again = native.load(native.export(tmp_path / "ours", loaded.model, loaded.words, loaded.meta))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = [model.classify([images], TextBatch.of([[], []])) for model in (loaded.model, again.model)]  # type: ignore[operator]
+    assert torch.equal(*logits)
+    larger: Any = load_any(tmp_path, image_size=48)
+    assert set(larger.meta["resized"]) == {f"inner.body.relative.{layer}.table" for layer in range(2)}
+    with torch.no_grad():
+        assert larger.model.classify([torch.randn(2, 3, 48, 48)], TextBatch.of([[], []])).shape == (2, 5)
 
 
 def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:

@@ -150,3 +150,44 @@ def test_held_out_pictures_are_on_one_side_and_stay_there() -> None:
     assert 50 < len(held) < 160
     assert not {e.shows for e in held} & {e.shows for e in kept}
     assert [e.key for e in hold_out(examples[:250], 0.2, True)] == [e.key for e in held if int(e.key) < 250]
+
+
+def test_classes_are_the_names_of_folders(folder: Path) -> None:
+    for split, number in (("train", 3), ("val", 2)):
+        for label in ("cat", "dog"):
+            (folder / "pets" / split / label).mkdir(parents=True)
+            for n in range(number):
+                Image.new("RGB", (8, 8)).save(folder / "pets" / split / label / f"{n}.JPEG")
+    found, errors = read("classification", folder / "pets", split="val")
+    assert [(example.key, example.answers) for example in found] == [
+        ("cat/0.JPEG", ("cat",)),
+        ("cat/1.JPEG", ("cat",)),
+        ("dog/0.JPEG", ("dog",)),
+        ("dog/1.JPEG", ("dog",)),
+    ]
+    assert all(example.images[0].is_file() and example.text == "" for example in found)
+    assert not len(errors)
+    assert len(read("classification", folder / "pets" / "train")[0]) == 6
+    with pytest.raises(DataError, match=r"pets has no folder 'test'; its folders: train, val"):
+        read("classification", folder / "pets", split="test")
+    (folder / "pets" / "val" / "dog" / "link.png").symlink_to(folder / "images" / "a.png")
+    Image.new("RGB", (8, 8)).save(folder / "pets" / "val" / "alone.png")
+    found, errors = read("classification", folder / "pets", split="val")
+    assert len(found) == 4
+    assert errors.counts == {"link": 1, "no class": 1}
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures below it; expected a folder for each class"):
+        read("classification", folder / "empty")
+
+
+def test_classes_in_a_file(folder: Path) -> None:
+    good = {"image": "a.png", "label": "dog"}
+    path = lines(
+        folder, good, {"file_name": "b.png", "class": 7}, {"image": "c.png", "label": ""}, {**good, "label": True}
+    )
+    found, errors = read("classification", path)
+    assert [example.answers for example in found] == [("dog",), ("7",)]
+    assert [problem.message for problem in errors.named] == [
+        "x.jsonl:3: the label is empty",
+        "x.jsonl:4: the label True is neither a name nor a number",
+    ]

@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imglish.checkpoints import beit3 as official
 from imglish.checkpoints.rules import Rule, Table
 from imglish.data.batch import Batch, PatchMasks, TextBatch
+from imglish.data.tasks.batch import TaskBatch
 from imglish.evaluation.metrics import recalls
 from imglish.generation.beam import BeamRule, search
 from imglish.generation.config import GenerationConfig
 from imglish.models.beit3 import Beit3, Beit3Config, beit3_base, beit3_large
 from imglish.models.beit3_heads import Beit3Classifier, Beit3Nlvr2, Beit3Vqa
 from imglish.models.expert_sizes import HALF
-from imglish.models.multiway import Multiway
+from imglish.models.heads import ClassModel, HeadConfig
+from imglish.models.multiway import Multiway, MultiwayConfig
 from imglish.models.vit import ImageInput
 from imglish.nn.packing import Packing
 from imglish.nn.segments import Segments
@@ -208,10 +211,15 @@ def batch_of(images: Tensor, texts: TextBatch) -> Batch:
     return Batch(images, texts, torch.arange(len(images)), torch.zeros(len(images), 2))
 
 
+def bare_body(config: MultiwayConfig) -> Multiway:
+    """Without a final norm, as below the heads of answers and classes."""
+    return Multiway(config, final_norm=False)
+
+
 @pytest.mark.parametrize("path", cases("beit3-vqa"), ids=lambda p: p.name)
 def test_question_answering(path: Path) -> None:
     case = Case(path)
-    model = load(case, lambda: Beit3Vqa(config_of(case), case.config["num_classes"]), official.vqa_table())
+    model = load(case, lambda: Beit3Vqa(bare_body(config_of(case)), case.config["num_classes"]), official.vqa_table())
     images, texts = case.inputs["image"], texts_of(case)
     if "labels" in case.inputs:
         labels = case.inputs["labels"]
@@ -234,7 +242,9 @@ def test_question_answering(path: Path) -> None:
 @pytest.mark.parametrize("path", cases("beit3-nlvr2"), ids=lambda p: p.name)
 def test_pairs_of_pictures(path: Path) -> None:
     case = Case(path)
-    model = load(case, lambda: Beit3Nlvr2(config_of(case), case.config["num_classes"]), official.nlvr2_table())
+    model = load(
+        case, lambda: Beit3Nlvr2(Multiway(config_of(case)), case.config["num_classes"]), official.nlvr2_table()
+    )
     first, second, texts = case.inputs["image_a"], case.inputs["image_b"], texts_of(case)
     logits = model([first, second], texts)
     check(case, "logits", logits)
@@ -252,14 +262,19 @@ def test_pairs_of_pictures(path: Path) -> None:
 @pytest.mark.parametrize("path", cases("beit3-imagenet"), ids=lambda p: p.name)
 def test_classes(path: Path) -> None:
     case = Case(path)
-    model = load(case, lambda: Beit3Classifier(config_of(case), case.config["num_classes"]), official.imagenet_table())
+    model = load(
+        case, lambda: Beit3Classifier(bare_body(config_of(case)), case.config["num_classes"]), official.imagenet_table()
+    )
     images, labels = case.inputs["image"], case.inputs["labels"]
     with torch.no_grad():
         check_states(case, "image", states_of(model.body, images, None), len(images), None)
     check(case, "logits", model(images))
-    check(case, "loss_ce", model.loss(images, labels))
-    check(case, "loss_label_smoothing_0.1", model.loss(images, labels, 0.1))
-    check(case, "loss_soft_target", model.loss(images, case.inputs["soft_labels"]))
+    check(case, "loss_soft_target", F.cross_entropy(model(images), case.inputs["soft_labels"]))
+    batch = TaskBatch((images,), TextBatch.of([[] for _ in labels]), labels)
+    for name, smoothing in (("loss_ce", 0.0), ("loss_label_smoothing_0.1", 0.1)):
+        classes = tuple(map(str, range(case.config["num_classes"])))
+        head = HeadConfig("classification", classes=classes, texts=False, smoothing=smoothing)
+        check(case, name, ClassModel(config_of(case).build(), head, model).losses(batch)["classes"])
 
 
 def captioner_of(case: Case) -> Beit3:
@@ -400,9 +415,9 @@ def test_published_sizes(path: Path) -> None:
         model, table = {
             "retrieval": lambda: (replace(config, outputs=("itc",), objective="itc").build(), retrieval_table()),
             "captioning": lambda: (replace(config, outputs=("mlm",), objective="captions").build(), official.table()),
-            "vqav2": lambda: (Beit3Vqa(config), official.vqa_table()),
-            "nlvr2": lambda: (Beit3Nlvr2(config), official.nlvr2_table()),
-            "imageclassification": lambda: (Beit3Classifier(config), official.imagenet_table()),
+            "vqav2": lambda: (Beit3Vqa(bare_body(config)), official.vqa_table()),
+            "nlvr2": lambda: (Beit3Nlvr2(Multiway(config)), official.nlvr2_table()),
+            "imageclassification": lambda: (Beit3Classifier(bare_body(config)), official.imagenet_table()),
         }[task]()
         converted = table.convert(weights, model.state_dict())
         assert not converted.report

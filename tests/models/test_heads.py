@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from imglish.checkpoints import native
+from imglish.checkpoints.loading import load_any
 from imglish.data.batch import Batch, TextBatch
 from imglish.data.pictures import picture_of, stack
 from imglish.data.tasks.batch import Answers, TaskBatch
@@ -23,6 +24,7 @@ from imglish.models.albef_heads import AlbefAssignment
 from imglish.models.answering import RankRule
 from imglish.models.capabilities import Answers as Answering
 from imglish.models.capabilities import Classifies, EncodedImages, MissingCapabilityError
+from imglish.models.depths import depths
 from imglish.models.heads import AnswerModel, AssignmentModel, HeadConfig, after_assignment, for_assignment, with_head
 from tests.training.support import MODELS
 
@@ -87,6 +89,77 @@ def test_a_head_is_exported_and_loaded(family: str, form: Any, tmp_path: Path) -
     description.write_text(description.read_text().replace('"pictures"', '"piktures"'))
     with pytest.raises(native.CheckpointError, match=r"imglish\.json: the head cannot be used"):
         native.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", ["beit", "beit3"])
+def test_a_head_for_pictures_alone(family: str, tmp_path: Path) -> None:
+    head = HeadConfig("classification", classes=NAMES, texts=False, smoothing=0.1)
+    first = base(family)
+    if family == "beit":
+        torch.nn.init.normal_(first.relative.table)
+    kept = {name: value.clone() for name, value in first.state_dict().items()}
+    images = pictures_of(first, 3, 0)
+    model = with_head(first, head).eval()
+    assert isinstance(model, Classifies)
+    held = model.state_dict()
+    for name, value in kept.items():
+        ours = f"inner.body.{name.removeprefix('body.')}"
+        if ours in held:
+            assert torch.equal(held[ours], value), name
+    if family == "beit":  # every layer begins with the table that they shared, and then has its own
+        for layer in range(model.config.depth):
+            assert torch.equal(held[f"inner.body.relative.{layer}.table"], kept["relative.table"])
+    texts = TextBatch.of([[], [], []])
+    with torch.no_grad():
+        logits = model.classify([images], texts)
+        assert logits.shape == (3, 3)
+        torch.testing.assert_close(logits[1:2], model.classify([images[1:2]], TextBatch.of([[]])), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(logits, model.classify([pictures_of(model, 3, 5)], texts))
+    labels = torch.tensor([0, 2, 1])
+    found = model.losses(TaskBatch((images,), texts, labels))["classes"]
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert {name.split(".")[1] for name in model.head_parameters()} == {"norm", "head"}
+    levels = depths(model)
+    if family == "beit":
+        assert levels["inner.body.relative.0.table"] == levels["inner.body.blocks.0.ffn.all.fc1.weight"] > 1
+        assert levels[f"inner.body.relative.{model.config.depth - 1}.table"] == 1
+        for layer in model.inner.body.relative:
+            assert layer.table.grad is not None
+    assert levels["inner.head.weight"] == 0
+    again = native.load(native.export(tmp_path / "model", model, None))
+    assert again.words is None
+    assert again.model.head == head
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_heads_that_cannot_be() -> None:
+    for wrong, said in (
+        ({"texts": False, "pictures": 2}, "one picture to choose a class for"),
+        ({"texts": False, "form": "answers"}, "one picture to choose a class for"),
+        ({"smoothing": 0.1, "soft": True}, "only a choice of one class is smoothed"),
+        ({"smoothing": 1.0}, "below 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            HeadConfig("classification", classes=NAMES, **wrong)
+    with pytest.raises(MissingCapabilityError, match=r"a model that reads pictures, .* have: beit, beit3"):
+        with_head(base("clip"), HeadConfig("classification", classes=NAMES, texts=False))
+
+
+@pytest.mark.parametrize(("family", "pictures"), [("beit3", 1), ("beit3", 2), ("vilt", 1)])
+def test_a_head_travels_to_another_size(family: str, pictures: int, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train_wordpiece(["a red hat", "two blue shoes"], 60, append_sep=True, max_length=16)
+    head = HeadConfig("nlvr2", classes=NAMES, pictures=pictures)
+    model = with_head(base(family, vocab_size=tokenizer.vocab_size), head).eval()
+    path = native.export(tmp_path / "model", model, tokenizer)
+    size = 2 * model.config.image.size
+    larger = load_any(path, image_size=size).model
+    assert larger.config.image.size == size  # type: ignore[union-attr]
+    images = [pictures_of(larger, 3, number) for number in range(pictures)]
+    with torch.no_grad():
+        assert larger.classify(images, TEXTS).shape == (3, 3)  # type: ignore[operator]
 
 
 def test_families_without_a_head_are_told_who_has_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from imglish.checkpoints import native
 from imglish.cli import main
+from imglish.data.tokenizers import Tokenizer
+from imglish.models import registry
 from imglish.models.heads import TaskModel
-from imglish.training.config import Recipe
+from imglish.training.config import Recipe, recipe_from
 from imglish.training.optim import build_optimiser
 from imglish.training.settings import SettingsError
 from imglish.training.trainer import check, train, work_of
@@ -35,7 +38,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         label = "entailment" if claim == colour else "contradiction"
         hypotheses.append({"image": name, "sentence2": f"it is {claim}", "gold_label": label})
         statements.append({"images": [name, other], "sentence": f"the left is {claim}", "label": claim == colour})
-    for name, entries in (("vqa", questions), ("nlvr2", statements), ("entailment", hypotheses)):
+    shown = [{"image": entry["image"], "label": entry["answers"][0]} for entry in questions]
+    kinds = {"vqa": questions, "nlvr2": statements, "entailment": hypotheses, "classification": shown}
+    for name, entries in kinds.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
     return folder
 
@@ -89,6 +94,47 @@ def test_every_task_trains_and_validates(data: Path, tmp_path: Path, task: str, 
     assert native.load(result.model).model.head.task == task  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("family", ["beit", "beit3"])
+def test_pictures_are_classified_without_a_word(data: Path, tmp_path: Path, family: str) -> None:
+    """From a pre-trained model at another resolution; no tokenizer is trained, kept or asked for."""
+    base = registry.named(f"{family}-tiny").build()
+    words = None if family == "beit" else Tokenizer.train_wordpiece(["a b"], base.config.vocab_size, max_length=8)
+    if words is not None:
+        base = replace(base.config, vocab_size=words.vocab_size).build()
+    start = native.export(tmp_path / "start", base, words)
+    task = {"name": "classification", "hold_out": 0.25, "smoothing": 0.1}
+    model = {"init": str(start), "image": {"size": 32}}
+    settings = tuning(tmp_path / "run", data, "classification", task=task, schedule={"steps": 40}).to_dict()
+    result = train(recipe_from(settings | {"model": model}))
+    assert result.best["metrics"]["accuracy"] > 80
+    assert result.best["metrics"]["mean recall"] > 80
+    assert result.model is not None
+    loaded = native.load(result.model)
+    assert loaded.words is None
+    assert loaded.config.image.size == 32
+    head = loaded.model.head  # type: ignore[union-attr]
+    assert head.classes == tuple(sorted(COLOURS))
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Classes of pictures: validation" in page
+    again = train(recipe_from(settings | {"model": {"init": str(result.model)}, "output": str(tmp_path / "more")}))
+    assert again.best["metrics"]["accuracy"] > 80
+
+
+def test_validation_with_other_classes_is_refused_at_once(data: Path, tmp_path: Path) -> None:
+    lines = (data / "classification.jsonl").read_text().splitlines()[:4]
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "\n".join(json.dumps(json.loads(line) | {"label": "grey", "image": "x.png"}) for line in lines[:1])
+    )
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").write_bytes((data / "images" / "0.png").read_bytes())
+    settings = tuning(tmp_path / "run", data, "classification", validation={"data": str(other)}).to_dict()
+    with pytest.raises(
+        SettingsError, match=r"validation\.data: no example has an answer .* are blue, green, red, \.\.\."
+    ):
+        check(recipe_from(settings | {"model": {"name": "beit-tiny"}}))
+
+
 def test_a_stopped_run_ends_with_the_same_bits(data: Path, tmp_path: Path) -> None:
     task = {"name": "vqa", "alpha": 0.0}
     whole, broken = (
@@ -119,8 +165,6 @@ def test_fine_tuning_begins_with_the_pre_trained_weights_and_the_head_learns_fas
     first = train(recipe(tmp_path / "pre"), records())
     init = {"init": str(first.model)}
     settings = tuning(tmp_path / "fine", data).to_dict() | {"model": init}
-    from imglish.training.config import recipe_from
-
     wanted = recipe_from(settings | {"optimiser": settings["optimiser"] | {"head_factor": 10, "layer_decay": 0.5}})
     model = work_of(wanted).new_model()
     pre = native.load(str(first.model)).model.state_dict()
@@ -138,8 +182,6 @@ def test_fine_tuning_begins_with_the_pre_trained_weights_and_the_head_learns_fas
 def test_text_assignment_comes_before_nlvr2(data: Path, tmp_path: Path) -> None:
     first = train(recipe(tmp_path / "pairs", task={"name": "text_assignment"}, schedule={"steps": 4}), records())
     settings = tuning(tmp_path / "fine", data, "nlvr2", schedule={"steps": 2, "warmup_steps": 0}).to_dict()
-    from imglish.training.config import recipe_from
-
     result = train(recipe_from(settings | {"model": {"init": str(first.model)}}))
     assert native.load(str(result.model)).model.head.task == "nlvr2"  # type: ignore[union-attr]
     with pytest.raises(SettingsError, match="judged by the NLVR2"):

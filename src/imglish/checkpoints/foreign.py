@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imglish.checkpoints.drawing import drawn, undrawn
 from imglish.checkpoints.files import WeightFileError, read_weights
-from imglish.checkpoints.formats import FORMATS, Format, Layout, Source, classifier
+from imglish.checkpoints.formats import FORMATS, Format, Layout, Source
 from imglish.checkpoints.native import CheckpointError, Loaded, built
 from imglish.checkpoints.preparing import with_picture
 from imglish.checkpoints.rules import ConversionError
@@ -60,7 +60,7 @@ def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes:
     except (ConversionError, ValueError, TypeError, KeyError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{source.path} looks like {form.title}, but does not fit: {what}") from error
-    words = _tokenizer(source, form, config, tokenizer) if registry.reads_texts(config) else None
+    words = _tokenizer(source, form, config, tokenizer) if registry.reads_texts(config, head) else None
     if head is not None and head.form == "answers" and words is not None:
         head = replace(head, start=words.bos_id)
         with undrawn():
@@ -128,12 +128,6 @@ def recognise(source: Source) -> tuple[str, Format]:
     if complete := [name for name, reasons in lacking.items() if not reasons]:
         best = max(complete, key=lambda name: len(FORMATS[name].marks))
         return best, FORMATS[best]
-    if (family := classifier(source)) is not None:
-        raise CheckpointError(
-            f"{source.path} is a classifier of pictures alone ({family} fine-tuned on ImageNet: head.weight has "
-            f"{len(source.weights['head.weight'])} classes), and no task here chooses a class without a text. Take the "
-            "checkpoint that it was fine-tuned from; `imglish eval linear-probe` fits a classifier on its features"
-        )
     nearest = min(lacking, key=lambda name: len(lacking[name]) / len(FORMATS[name].marks))
     known = ", ".join(FORMATS[name].title for name in lacking)
     raise CheckpointError(

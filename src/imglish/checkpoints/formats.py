@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from imglish.checkpoints import (
     blip_tasks,
     clip,
     coca,
+    hf_beit,
     hf_blip,
     hf_clip,
     hf_siglip,
@@ -98,6 +100,18 @@ def _answers(last: str) -> Callable[[Source], HeadConfig]:
 
     def head(source: Source) -> HeadConfig:
         return HeadConfig("vqa", classes=_named(source, len(source.weights[last])), soft=True)
+
+    return head
+
+
+def _shows(last: str) -> Callable[[Source], HeadConfig]:
+    """Classes of pictures alone; last: weight of the head's last layer."""
+
+    def head(source: Source) -> HeadConfig:
+        names = _named(source, len(source.weights[last]))
+        often = {name for name, times in Counter(names).items() if times > 1}  # ImageNet has two cranes
+        classes = (f"{name} ({number})" if name in often else name for number, name in enumerate(names))
+        return HeadConfig("classification", classes=tuple(classes), texts=False)
 
     return head
 
@@ -278,6 +292,15 @@ FORMATS: dict[str, Format] = {
         lambda theirs, target, _: beit.convert(theirs, target),
         "itc",
     ),
+    "beit-classes": Format(
+        "BEiT or BEiT-2 as released, fine-tuned for ImageNet",
+        "file",
+        (r"cls_token$", r"blocks\.0\.attn\.relative_position_bias_table$", r"fc_norm\.", r"head\.weight$"),
+        lambda s: sizes.beit_classifier_config(s.weights),
+        lambda theirs, target, _: beit.classifier_table().convert(theirs, target),
+        "itc",
+        head=_shows("head.weight"),
+    ),
     "beit3": Format(
         "BEiT-3 as released, of pre-training, retrieval or captioning",
         "file",
@@ -304,6 +327,15 @@ FORMATS: dict[str, Format] = {
         lambda theirs, target, _: beit3.nlvr2_table().convert(theirs, target),
         "itc",
         head=_pairs,
+    ),
+    "beit3-classes": Format(
+        "BEiT-3 as released, fine-tuned for ImageNet",
+        "file",
+        (*_BEIT3, r"fc_norm\.", r"head\.weight$"),
+        lambda s: sizes.beit3_classifier_config(s.weights),
+        lambda theirs, target, _: beit3.imagenet_table().convert(theirs, target),
+        "itc",
+        head=_shows("head.weight"),
     ),
     "clip": Format(
         "CLIP as released (openai)",
@@ -383,6 +415,23 @@ FORMATS: dict[str, Format] = {
         "itm",
         head=lambda s: _pairs(s) if hf_vilt.pictures(s.weights) == 2 else _answers("classifier.3.weight")(s),
     ),
+    "hf-beit": Format(
+        "BEiT or BEiT-2 of transformers, of masked image modelling",
+        "transformers",
+        (r"beit\.embeddings\.cls_token$", r"lm_head\."),
+        lambda s: hf_beit.config_from_json(_json(s)),
+        lambda theirs, target, _: hf_beit.table().convert(theirs, target),
+        "itc",
+    ),
+    "hf-beit-classes": Format(
+        "BEiT or BEiT-2 of transformers, fine-tuned for ImageNet",
+        "transformers",
+        (r"beit\.embeddings\.cls_token$", r"beit\.pooler\.layernorm\.", r"classifier\.weight$"),
+        lambda s: hf_beit.config_from_json(_json(s)),
+        lambda theirs, target, _: hf_beit.classifier_table().convert(theirs, target),
+        "itc",
+        head=_shows("classifier.weight"),
+    ),
     "open_clip-coca": Format(
         "CoCa of open_clip",
         "open_clip",
@@ -400,15 +449,3 @@ FORMATS: dict[str, Format] = {
         "itc",
     ),
 }
-
-CLASSIFIERS: dict[str, tuple[str, ...]] = {
-    "BEiT-3": (*_BEIT3, r"fc_norm\.", r"head\.weight$"),
-    "BEiT or BEiT-2": (r"cls_token$", r"blocks\.0\.attn\.q_bias$", r"(fc_norm|norm)\.weight$", r"head\.weight$"),
-}
-"""Released classifiers of pictures alone, which are not read, with their marks: no task here chooses without a text."""
-
-
-def classifier(source: Source) -> str | None:
-    """Whose classifier of pictures alone the source is, if it is one."""
-    found = (title for title, marks in CLASSIFIERS.items() if all(_some(source, mark) for mark in marks))
-    return next(found, None) if source.layout == "file" else None

@@ -54,6 +54,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "vilt": _BERT
     | {"vocab_size": 30522, "max_position_embeddings": 40, "image_size": 384, "patch_size": 32}
     | {"hidden_dropout_prob": 0.0, "type_vocab_size": 2, "modality_type_vocab_size": 2, "num_images": -1},
+    "beit": _PATCHES
+    | {"patch_size": 16, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "vocab_size": 8192, "drop_path_rate": 0.1},
 }
 """``model_type`` -> what its settings are where the file does not say."""
 

@@ -83,7 +83,8 @@ def export(
     if path.exists() and not (path / DESCRIPTION).is_file():
         raise CheckpointError(f"{path} exists and is no exported model: choose another folder")
     config: Any = model.config
-    if (tokenizer is not None) != registry.reads_texts(config):
+    head = model.head if isinstance(model, TaskModel) else None
+    if (tokenizer is not None) != registry.reads_texts(config, head):
         needed = "without a tokenizer: it takes pictures only" if tokenizer is not None else "with its tokenizer"
         raise CheckpointError(f"a model of family {config.family} is exported {needed}")
     description = {
@@ -93,7 +94,7 @@ def export(
         "config": registry.to_dict(config),
         "image": asdict(config.image),
         "score_rule": rule,
-        **({"head": asdict(model.head)} if isinstance(model, TaskModel) else {}),
+        **({"head": asdict(head)} if head is not None else {}),
         "meta": dict(meta or {}),
     }
     state: dict[str, Tensor] = {}
@@ -129,14 +130,15 @@ def load(path: str | Path) -> Loaded:
     atomic.recover(path)
     description = _description(path)
     config = _config(path, description)
+    head = _head(path, description["head"]) if "head" in description else None
     with undrawn():  # nothing is drawn, nothing allocated: the weights become those of the mapped file
-        model = built(config, _head(path, description["head"]) if "head" in description else None)
+        model = built(config, head)
     try:
         state = load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from error
     load_weights(model, state, str(path / WEIGHTS))
-    tokenizer = _tokenizer(path, config) if registry.reads_texts(config) else None
+    tokenizer = _tokenizer(path, config) if registry.reads_texts(config, head) else None
     return Loaded(model.eval(), tokenizer, config, description["score_rule"], description.get("meta", {}))
 
 

@@ -34,7 +34,7 @@ def with_picture(config: Any, settings: Mapping[str, Any] | None, folder: Path) 
         given = json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8"))
         changes = {"mean": given.get("image_mean"), "std": given.get("image_std")}
         if "do_center_crop" in given:
-            changes["resize"] = "center" if given["do_center_crop"] else "squash"
+            changes |= _cut(given)
     image = config.image
     wanted = {
         name: tuple(float(number) for number in value) if isinstance(value, list) else value
@@ -42,3 +42,15 @@ def with_picture(config: Any, settings: Mapping[str, Any] | None, folder: Path) 
         if value is not None and hasattr(image, name)
     }
     return with_image(config, replace(image, **wanted)) if wanted else config
+
+
+def _cut(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``do_center_crop``, ``size`` and ``crop_size`` of transformers come to: a picture whose shorter side, or
+    both of whose sides, are brought to ``size``, of which the centre is cut out."""
+    size, crop = given.get("size"), given.get("crop_size")
+    whole = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+    part = crop.get("height") if isinstance(crop, dict) else crop
+    if not given["do_center_crop"]:
+        return {"resize": "squash"}
+    both = isinstance(size, dict) and "shortest_edge" not in size
+    return {"resize": "squash" if both else "center", "crop": part / whole if whole and part else 1.0}

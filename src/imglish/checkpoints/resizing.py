@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -68,10 +69,10 @@ RULES: dict[str, dict[str, Fit]] = {
     "blip": _BERT,
     "vilt": {"pictures.positions": _stretched, "embedding.positions.weight": _rows},
     "vlmo": {"relative.table": _relative, "positions": _grid(antialias=False), "embedding.positions.weight": _rows},
-    "beit": {"relative.table": _relative},
+    "beit": {"relative.table": _relative, "relative.*.table": _relative},
     "beit3": {"body.image_positions": _grid(antialias=False), "body.text_positions": _rows},
 }
-"""Family -> name of a table of positions -> its rule."""
+"""Family -> name of a table of positions (``*``: a number) -> its rule."""
 
 
 def fitted(name: str, source: nn.Module, target: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -79,7 +80,7 @@ def fitted(name: str, source: nn.Module, target: nn.Module) -> Callable[[Tensor]
     None where they fit as they are, or where a shape that differs is a mistake. Task models hold them deeper."""
     theirs, ours = source.get_parameter(name), target.get_parameter(name)
     family: Any = target.family
-    rule = next((rule for place, rule in RULES.get(family, {}).items() if f".{name}".endswith(f".{place}")), None)
+    rule = next((rule for place, rule in RULES.get(family, {}).items() if fnmatchcase(f".{name}", f"*.{place}")), None)
     if rule is None or theirs.shape == ours.shape or theirs.shape[1:] != ours.shape[1:]:
         return None
     return lambda learned: rule(learned, ours.detach(), source.config, target.config)

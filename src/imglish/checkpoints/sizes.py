@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -132,17 +133,32 @@ def vlmo_config(weights: Mapping[str, Tensor]) -> VlmoConfig:
 
 def beit_config(weights: Mapping[str, Tensor]) -> BeitConfig:
     """Of BEiT's or BEiT-2's checkpoint of masked image modelling."""
+    codes = _shape(weights, "lm_head.weight")[0]
+    return replace(_beit_body(weights, "rel_pos_bias.relative_position_bias_table"), codes=codes)
+
+
+def beit_classifier_config(weights: Mapping[str, Tensor]) -> BeitConfig:
+    """Of their classifiers of ImageNet."""
+    found = _beit_body(weights, "blocks.0.attn.relative_position_bias_table")
+    return replace(found, image=_centred(found.image))
+
+
+def _beit_body(weights: Mapping[str, Tensor], table: str) -> BeitConfig:
     width, _, patch, _ = _shape(weights, "patch_embed.proj.weight")
-    offsets, head_count = _shape(weights, "rel_pos_bias.relative_position_bias_table")
+    offsets, head_count = _shape(weights, table)
     return BeitConfig(
         image=ImageInput(_grid_of(offsets - 3) * patch, HALF, HALF),
         patch=patch,
-        codes=_shape(weights, "lm_head.weight")[0],
         width=width,
         depth=count(weights, r"blocks\.(\d+)\."),
         heads=head_count,
         hidden=_shape(weights, "blocks.0.mlp.fc1.weight")[0],
     )
+
+
+def _centred(image: ImageInput) -> ImageInput:
+    """As BEiT and BEiT-3 look at ImageNet: pictures below 384 pixels are the centre of one 256/224 as large."""
+    return replace(image, resize="center", crop=1.0 if image.size >= 384 else 224 / 256)
 
 
 def multiway_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -169,6 +185,12 @@ def beit3_config(weights: Mapping[str, Tensor]) -> Beit3Config:
     objective: Any = "itc" if "itc" in outputs else "mdm" if "mim" in outputs else "captions"
     codes: dict[str, Any] = {"codes": weights["mim_head.weight"].shape[0]} if "mim" in outputs else {}
     return Beit3Config(**multiway_sizes(weights), **codes, outputs=outputs, objective=objective)
+
+
+def beit3_classifier_config(weights: Mapping[str, Tensor]) -> Beit3Config:
+    """Of BEiT-3's classifiers of ImageNet; no objective is trained in them."""
+    found = beit3_config(weights)
+    return replace(found, image=_centred(found.image))
 
 
 def _grid_of(offsets: int) -> int:

@@ -1,4 +1,5 @@
-"""`imglish eval vqa`, `nlvr2` and `entailment`: tasks that ask for an answer, by a model with a head for it."""
+"""`imglish eval vqa`, `nlvr2`, `entailment` and `classification`: tasks that ask for an answer, by a model with a head
+for it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ TASKS = {
     "vqa": "questions about pictures (VQA v2, DAQUAR): accuracy",
     "nlvr2": "statements about several pictures: accuracy, consistency",
     "entailment": "visual entailment (SNLI-VE): accuracy",
+    "classification": "classes of pictures (ImageNet), by a classifier: accuracy",
 }
+ALONE = "classification"  # pictures without texts
 DESCRIPTION = """\
 {title}.
 
@@ -37,7 +40,8 @@ def add_jobs(jobs: Any) -> None:
         )
         add = parser.add_argument
         add("--model", required=True, help="folder of an exported model with a head for the task")
-        add("--data", required=True, help="file of examples (docs/tasks.md)")
+        what = "folder with a folder for each class, or file of examples" if name == ALONE else "file of examples"
+        add("--data", required=True, help=f"{what} (docs/tasks.md)")
         add("--images", help="folder of the pictures (default: images beside the file, or where the file lies)")
         add("--split", help="only examples whose field split says so")
         if name == "vqa":
@@ -48,7 +52,8 @@ def add_jobs(jobs: Any) -> None:
             add("--variant", default="official_2021", help="of the VQA accuracy (default: official_2021)")
         add("--held-out", type=float, metavar="SHARE", help="only what a training with this task.hold_out left out")
         add("--limit", type=int, help="only the first so many examples")
-        add_exchange(parser)
+        if name != ALONE:
+            add_exchange(parser)
         add("--max-errors", type=float, default=0.01, metavar="SHARE", help="of bad examples (default: 0.01)")
         add("--batch", type=int, default=64, help="examples at a time (default: 64)")
         add("--precision", choices=("float32", "bfloat16"), default="float32")
@@ -84,7 +89,7 @@ def answers(arguments: argparse.Namespace) -> int:
     loaded, device, out = load(arguments.model), pick_device(arguments.device), Path(arguments.out)
     model = loaded.model
     if not isinstance(model, TaskModel):
-        able = ", ".join(families("classes"))
+        able = ", ".join(families("classes", task.texts))
         raise CheckpointError(
             f"{arguments.model} has no head for {task.name}: imglish finetune puts one on models of {able}"
         )
@@ -102,11 +107,14 @@ def answers(arguments: argparse.Namespace) -> int:
         if arguments.held_out is not None:
             examples = hold_out(examples, arguments.held_out, True)
         examples = examples[: arguments.limit]
-        if arguments.exchange_pictures is not None:
-            shown = exchanged([example.images for example in examples], arguments.exchange_pictures)
+        exchange = getattr(arguments, "exchange_pictures", None)
+        if exchange is not None:
+            shown = exchanged([example.images for example in examples], exchange)
             examples = [replace(example, images=images) for example, images in zip(examples, shown, strict=True)]
         trained = loaded.meta.get("recipe", {}).get("data", {})
-        words = cleaning(loaded.tokenizer, trained.get("clean", "none"), trained.get("max_words", 50))
+        words = None
+        if task.texts:
+            words = cleaning(loaded.tokenizer, trained.get("clean", "none"), trained.get("max_words", 50))
         machine = Machine(image_block=arguments.batch, precision=arguments.precision)
         result = evaluate_task(
             model.to(device),
@@ -114,13 +122,13 @@ def answers(arguments: argparse.Namespace) -> int:
             task,
             examples,
             machine,
-            answer=answerer(model, loaded.tokenizer, how, _rule(arguments, model.family)),
+            answer=answerer(model, loaded.words, how, _rule(arguments, model.family)),
             predictions=out / "predictions.jsonl",
             how=f"{how}, {_rule(arguments, model.family)}, {arguments.precision}",
             errors=errors,
             **rule,
         )
-        if arguments.exchange_pictures is not None:
+        if exchange is not None:
             result = replace(result, notes=(EXCHANGED, *result.notes))
         first = rank() == 0
     if first:

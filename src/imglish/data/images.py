@@ -211,14 +211,16 @@ class ImageTransform:
     """From a picture to uint8 ``(size, size, 3)``.
 
     Without ``crop_scale`` (evaluation): ``resize="squash"`` brings the whole picture to the square (ALBEF, BLIP), or
-    ``"center"`` resizes the shorter side and cuts out the centre (CLIP). With ``crop_scale`` (training): a random
-    part with that share of the area and with sides in a ratio within ``crop_ratio``, resized (Szegedy et al. 2015).
-    flip: mirrors half of the pictures, where the caller allows it.
+    ``"center"`` resizes the shorter side and cuts out the centre (CLIP); ``centre`` is the share of both sides, or of
+    the shorter one, that stays. With ``crop_scale`` (training): a random part with that share of the area and with
+    sides in a ratio within ``crop_ratio``, resized (Szegedy et al. 2015). flip: mirrors half of the pictures, where the
+    caller allows it.
     """
 
     size: int
     resize: Literal["squash", "center"] = "squash"
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    centre: float = 1.0
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
@@ -240,10 +242,11 @@ class ImageTransform:
         if self.crop_scale is not None and rng is not None:
             return _random_box(width, height, rng, self.crop_scale, self.crop_ratio)
         if self.resize == "center":
-            side = min(width, height)
-            left, upper = (width - side) / 2, (height - side) / 2
-            return left, upper, left + side, upper + side
-        return 0.0, 0.0, float(width), float(height)
+            across = down = min(width, height) * self.centre
+        else:
+            across, down = width * self.centre, height * self.centre
+        left, upper = (width - across) / 2, (height - down) / 2
+        return left, upper, left + across, upper + down
 
     def least(self, width: int, height: int, rng: np.random.Generator | None) -> tuple[float, float]:
         """Size of a whole picture at which the part that ``rng`` chooses has ``size`` pixels a side."""

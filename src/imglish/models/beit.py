@@ -49,23 +49,57 @@ class BeitConfig(PictureSizes):
         return Beit(self)
 
 
-class Beit(nn.Module):
-    """Encodes pictures, fills in the codes of masked patches; ``losses`` is one training step."""
+class BeitBody(nn.Module):
+    """Patches, class token and blocks; tables of relative positions: one for all layers (pre-training), or each layer
+    its own (``own_tables``; BEiT's fine-tuning)."""
 
     family = "beit"
+
+    def __init__(self, config: BeitConfig, own_tables: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.patch, config.width, config.image.mean, config.image.std)
+        self.class_token = nn.Parameter(torch.zeros(config.width))
+        count = config.depth if own_tables else 1
+        tables = [RelativeBias(config.grid, 0, config.heads, layers=1) for _ in range(count)]
+        self.relative = nn.ModuleList(tables) if own_tables else tables[0]
+        self.blocks = nn.ModuleList(config.block(layer).build() for layer in range(config.depth))
+
+    def patches(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` uint8 or normalised -> patch embeddings ``(B, P, D)``."""
+        patches: Tensor = self.patch_embed(images)
+        if patches.shape[1] != self.config.grid**2:
+            raise ValueError(
+                f"pictures give {patches.shape[1]} patches: resize them to {self.config.image.size} pixels"
+            )
+        return patches
+
+    def rows(self, patches: Tensor) -> tuple[Tensor, Packing]:
+        """Input rows ``(T, D)`` of pictures of patches ``(B, P, D)``, class token first, and their packing."""
+        head = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        rows = torch.cat([head, patches], dim=1)
+        return rows.flatten(0, 1), Packing(image=Segments.equal(rows.shape[0], rows.shape[1]))
+
+    def transform(self, rows: Tensor, packing: Packing, read: Read | None = None) -> Tensor:
+        """Through all blocks; ``read``: the last one computes these rows only."""
+        tables = self.relative if isinstance(self.relative, nn.ModuleList) else [self.relative]
+        biases = [table(packing)[0] for table in tables]
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            rows = block(rows, packing, biases[layer % len(biases)], read if layer == last else None)
+        return rows
+
+
+class Beit(BeitBody):
+    """Encodes pictures, fills in the codes of masked patches; ``losses`` is one training step."""
+
     learns_from = "a visual tokenizer (dvae, vqkd)"
 
     def __init__(self, config: BeitConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.width
-        self.patch_embed = PatchEmbed(config.patch, width, config.image.mean, config.image.std)
-        self.class_token = nn.Parameter(torch.zeros(width))
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        self.relative = RelativeBias(config.grid, 0, config.heads, layers=1)
-        self.blocks = nn.ModuleList(config.block(layer).build() for layer in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.head = nn.Linear(width, config.codes)
+        super().__init__(config)
+        self.mask_token = nn.Parameter(torch.zeros(config.width))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.codes)
         _init(self)
 
     def make_teacher(self, tokenizer: nn.Module | None = None) -> CodeTeacher:
@@ -82,28 +116,13 @@ class Beit(nn.Module):
     def tokens(self, images: Tensor, masked: PatchMasks | None = None) -> Tensor:
         """States of all tokens after the last norm, class token first, ``(B, L, D)``; ``masked`` patches hidden."""
         rows, packing = self.embed(images, masked)
-        states: Tensor = self.norm(self._body(rows, packing))
+        states: Tensor = self.norm(self.transform(rows, packing))
         return states.unflatten(0, (packing.count, -1))
 
     def embed(self, images: Tensor, masked: PatchMasks | None = None) -> tuple[Tensor, Packing]:
         """Input rows ``(T, D)`` of the pictures, masked patches replaced by the mask token, and their packing."""
-        patches = self.patch_embed(images)
-        if patches.shape[1] != self.config.grid**2:
-            raise ValueError(
-                f"pictures give {patches.shape[1]} patches: resize them to {self.config.image.size} pixels"
-            )
-        if masked is not None:
-            patches = replace_patches(patches, masked, self.mask_token)
-        head = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        rows = torch.cat([head, patches], dim=1)
-        return rows.flatten(0, 1), Packing(image=Segments.equal(rows.shape[0], rows.shape[1]))
-
-    def _body(self, rows: Tensor, packing: Packing, read: Read | None = None) -> Tensor:
-        bias = self.relative(packing)[0]  # one table: the same for every layer
-        last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            rows = block(rows, packing, bias, read if layer == last else None)
-        return rows
+        patches = self.patches(images)
+        return self.rows(patches if masked is None else replace_patches(patches, masked, self.mask_token))
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -131,7 +150,7 @@ class Beit(nn.Module):
         """Logits over codes ``(M, K)`` of the masked patches; the last block computes these M rows only."""
         rows, packing = self.embed(images, masked)
         read = Read(token_rows(masked), Packing(image=Segments(masked.counts)))
-        logits: Tensor = self.head(self.norm(self._body(rows, packing, read)))
+        logits: Tensor = self.head(self.norm(self.transform(rows, packing, read)))
         return logits
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imglish.data.batch import TextBatch
-from imglish.models.multiway import Multiway, MultiwayConfig, init_multiway
+from imglish.models.beit_heads import class_layer
+from imglish.models.multiway import Multiway, init_multiway
 from imglish.nn.packing import Packing
 from imglish.nn.segments import Segments
 
@@ -23,10 +24,10 @@ class Beit3Vqa(nn.Module):
     The body has no final norm, the pooler one of its own.
     """
 
-    def __init__(self, config: MultiwayConfig, answers: int = 3129) -> None:
+    def __init__(self, body: Multiway, answers: int = 3129) -> None:
         super().__init__()
-        width = config.width
-        self.body = Multiway(config, final_norm=False)
+        width = body.config.width
+        self.body = body
         self.pool_norm = nn.LayerNorm(width)
         self.pool = nn.Linear(width, width)
         self.hidden = nn.Linear(width, 2 * width)
@@ -54,10 +55,10 @@ class Beit3Vqa(nn.Module):
 class Beit3Nlvr2(nn.Module):
     """Is a statement true of two (or more) pictures? Each is read beside the statement; an MLP looks at all."""
 
-    def __init__(self, config: MultiwayConfig, classes: int = 2, pictures: int = 2) -> None:
+    def __init__(self, body: Multiway, classes: int = 2, pictures: int = 2) -> None:
         super().__init__()
-        width = config.width
-        self.body = Multiway(config)
+        width = body.config.width
+        self.body = body
         self.norm1 = nn.LayerNorm(2 * pictures * width)
         self.dense1 = nn.Linear(2 * pictures * width, 2 * width)
         self.norm2 = nn.LayerNorm(2 * width)
@@ -84,14 +85,13 @@ class Beit3Nlvr2(nn.Module):
 
 
 class Beit3Classifier(nn.Module):
-    """Classes of pictures: the mean of the patches, a norm, a linear layer (ImageNet)."""
+    """Classes of pictures: the mean of the patches, a norm, a linear layer (ImageNet). The body has no final norm."""
 
-    def __init__(self, config: MultiwayConfig, classes: int = 1000) -> None:
+    def __init__(self, body: Multiway, classes: int = 1000) -> None:
         super().__init__()
-        self.body = Multiway(config, final_norm=False)
-        self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, classes)
-        init_multiway(self.head, config.width)
+        self.body = body
+        self.norm = nn.LayerNorm(body.config.width)
+        self.head = class_layer(body.config.width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> logits ``(B, classes)``."""
@@ -100,7 +100,3 @@ class Beit3Classifier(nn.Module):
         states = self.body.transform(pictures.flatten(0, 1), Packing(image=segments)).unflatten(0, (len(images), -1))
         logits: Tensor = self.head(self.norm(states[:, 1:].mean(1)))
         return logits
-
-    def loss(self, images: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy against ``labels``, int64 ``(B,)`` or soft ``(B, classes)``, mean."""
-        return F.cross_entropy(self(images).float(), labels, label_smoothing=smoothing)

@@ -13,7 +13,8 @@ from torch import nn
 
 from imglish.models.albef import Albef
 from imglish.models.answering import AnswerDecoder
-from imglish.models.beit import Beit
+from imglish.models.beit import BeitBody
+from imglish.models.beit_heads import BeitClassifier
 from imglish.models.blip import Blip
 from imglish.models.blip_heads import BlipReasoning
 from imglish.models.coca import Coca
@@ -44,7 +45,8 @@ STACKS: tuple[tuple[type[nn.Module], tuple[Stack, ...]], ...] = (
     (Coca, (Stack(("text.words", "text.positions", "text.cls"), ("text.blocks", "layers")),)),
     (Vilt, (Stack(("embedding", "pictures", "types"), ("blocks",)),)),
     (VlmoBody, (Stack((*_PICTURE, "embedding", "types"), ("blocks",)),)),
-    (Beit, (Stack(_PICTURE, ("blocks",)),)),
+    (BeitBody, (Stack(_PICTURE, ("blocks",)),)),
+    (BeitClassifier, (Stack((), ("body.relative",)),)),
     (Multiway, (Stack((*_PICTURE, "words", "image_positions", "text_positions"), ("blocks",)),)),
     (VisionTransformer, (Stack((*_PICTURE, "norm_before"), ("blocks",)),)),
     (ModifiedResNet, (Stack(("stem",), ("stages",)),)),
@@ -58,7 +60,7 @@ STACKS: tuple[tuple[type[nn.Module], tuple[Stack, ...]], ...] = (
 def depths(model: nn.Module) -> dict[str, int]:
     """For every parameter the number of steps down from the output: 1 in the last layer of its stack, 2 in the one
     below it, and one more than the first layer's in what lies below that; 0 in heads, final norms and the tables of
-    relative positions, which all layers share (as BEiT's code has it).
+    relative positions that all layers share (as BEiT's code has it).
 
     Each tower counts from its own top. A model in which nothing has layers gives only zeros.
     """

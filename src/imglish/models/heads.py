@@ -21,8 +21,10 @@ from imglish.data.tasks.batch import TaskBatch
 from imglish.models.albef import Albef
 from imglish.models.albef_heads import AlbefAssignment, AlbefEntailment, AlbefReasoning, AlbefVqa
 from imglish.models.answering import BY_PROBABILITY, RankRule, answer_loss, distilled_tokens, summed
+from imglish.models.beit import Beit
 from imglish.models.beit3 import Beit3
-from imglish.models.beit3_heads import Beit3Nlvr2, Beit3Vqa
+from imglish.models.beit3_heads import Beit3Classifier, Beit3Nlvr2, Beit3Vqa
+from imglish.models.beit_heads import BeitClassifier, with_own_tables
 from imglish.models.blip import Blip
 from imglish.models.blip_heads import BlipClassifier, BlipReasoning, BlipVqa
 from imglish.models.capabilities import Embedded, EncodedImages, MissingCapabilityError
@@ -45,7 +47,8 @@ class HeadConfig:
     are then the candidates that it is ranked among). soft: several classes may be right, each to a degree (binary
     cross-entropy); pictures: to a text; alpha: weight of what the momentum copy says in place of the labels, reached
     over the first epoch (0: no copy), and its momentum; start: token that opens a written answer, of a model that has
-    none of its own for it.
+    none of its own for it; texts: whether a text comes with the pictures; smoothing: share of a class label that is
+    spread over all classes.
     """
 
     task: str
@@ -56,6 +59,8 @@ class HeadConfig:
     alpha: float = 0.0
     momentum: float = 0.995
     start: int = 0
+    texts: bool = True
+    smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
@@ -66,6 +71,12 @@ class HeadConfig:
             raise ValueError(f"alpha is {self.alpha}, it must lie in 0..1")
         if self.alpha and self.soft:
             raise ValueError("soft labels are not distilled: set alpha to 0")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing is {self.smoothing}, it must lie in 0..1, below 1")
+        if self.smoothing and (self.soft or self.form == "answers"):
+            raise ValueError("only a choice of one class is smoothed: set smoothing to 0")
+        if not self.texts and (self.form, self.pictures) != ("classes", 1):
+            raise ValueError("without a text there is one picture to choose a class for")
 
 
 class TaskModel(nn.Module):
@@ -101,16 +112,19 @@ class TaskModel(nn.Module):
 
 
 class ClassModel(TaskModel):
-    """Chooses one of ``head.classes`` for a text and its pictures (:class:`imglish.models.capabilities.Classifies`)."""
+    """Chooses one of ``head.classes`` for a text and its pictures, or for a picture alone
+    (:class:`imglish.models.capabilities.Classifies`)."""
 
     def classify(self, images: Sequence[Pictures], texts: TextBatch) -> Tensor:
-        """Logits ``(B, C)``; ``images[n]``: the n-th picture of each of the B texts."""
-        logits: Tensor = self.inner(images[0] if self.head.pictures == 1 else images, texts)
+        """Logits ``(B, C)``; ``images[n]``: the n-th picture of each of the B texts, which a head without texts does
+        not look at."""
+        shown = images[0] if self.head.pictures == 1 else images
+        logits: Tensor = self.inner(shown, texts) if self.head.texts else self.inner(shown)
         return logits
 
     def losses(self, batch: TaskBatch, teacher: Any = None, feature_grads: Embedded | None = None) -> dict[str, Tensor]:
-        """Cross-entropy with the class, partly with what the momentum copy says (ALBEF, section 3.3); or, with soft
-        labels, binary cross-entropy summed over classes (ViLT, VLMo and BEiT-3 for VQA)."""
+        """Cross-entropy with the (smoothed) class, partly with what the momentum copy says (ALBEF, section 3.3); or,
+        with soft labels, binary cross-entropy summed over classes (ViLT, VLMo and BEiT-3 for VQA)."""
         if batch.labels is None:
             raise ValueError("this model chooses among classes: the batch has no labels")
         logits = self.classify(batch.images, batch.texts).float()
@@ -123,7 +137,8 @@ class ClassModel(TaskModel):
         if teacher is not None and teacher.alpha > 0:
             with torch.no_grad():
                 soft = teacher.model.classify(batch.images, batch.texts)
-        loss = mlm_loss(logits, batch.labels, soft, 0.0 if teacher is None else teacher.alpha)
+        alpha = 0.0 if teacher is None else teacher.alpha
+        loss = mlm_loss(logits, batch.labels, soft, alpha, smoothing=self.head.smoothing)
         return {"classes": loss, "metric/accuracy": (chosen == batch.labels).float().mean()}
 
 
@@ -188,14 +203,16 @@ Builder = Callable[[nn.Module, HeadConfig], nn.Module]
 
 def _beit3(base: nn.Module, head: HeadConfig) -> nn.Module:
     assert isinstance(base, Beit3)
-    made: Beit3Vqa | Beit3Nlvr2
-    if head.pictures == 1:
-        made = Beit3Vqa(base.config, len(head.classes))
-    else:
-        made = Beit3Nlvr2(base.config, len(head.classes), head.pictures)
-    weights = base.body.state_dict()
-    made.body.load_state_dict({name: weights[name] for name in made.body.state_dict()})  # VQA's has no final norm
-    return made
+    body, classes = base.body, len(head.classes)
+    if head.pictures > 1:
+        return Beit3Nlvr2(body, classes, head.pictures)
+    body.norm = None
+    return Beit3Vqa(body, classes) if head.texts else Beit3Classifier(body, classes)
+
+
+def _beit(base: nn.Module, head: HeadConfig) -> nn.Module:
+    assert isinstance(base, Beit)
+    return BeitClassifier(with_own_tables(base), len(head.classes))
 
 
 def _albef(base: nn.Module, head: HeadConfig) -> nn.Module:
@@ -252,12 +269,17 @@ CLASSIFIERS: dict[str, Builder] = {
     "vilt": _one_stream(ViltAnswers, ViltReasoning),
     "vlmo": _one_stream(VlmoAnswers, VlmoReasoning),
 }
+PICTURE_CLASSIFIERS: dict[str, Builder] = {"beit": _beit, "beit3": _beit3}
 WRITERS: dict[str, Builder] = {"albef": _albef_answers, "blip": _blip_answers}
 
 
-def families(form: str) -> list[str]:
-    """Families that have a head of this form."""
-    return sorted(CLASSIFIERS if form == "classes" else WRITERS)
+def families(form: str, texts: bool = True) -> list[str]:
+    """Families that have a head of this form, for pictures with or without texts."""
+    return sorted(_builders(form, texts))
+
+
+def _builders(form: str, texts: bool) -> dict[str, Builder]:
+    return WRITERS if form == "answers" else CLASSIFIERS if texts else PICTURE_CLASSIFIERS
 
 
 def for_assignment(base: nn.Module) -> AssignmentModel:
@@ -287,14 +309,16 @@ def with_head(base: nn.Module, head: HeadConfig) -> TaskModel:
     family: Any = base.family
     if head.task == ASSIGNMENT:
         return for_assignment(base)
-    if family not in families(head.form):
+    builders = _builders(head.form, head.texts)
+    if family not in builders:
+        reads = "reads a picture and a text together" if head.texts else "reads pictures"
         what = "chooses among classes" if head.form == "classes" else "writes answers"
         raise MissingCapabilityError(
-            f"{head.task} needs a model that reads a picture and a text together, with a head that {what}; the family "
-            f"{family} has none. Families that have: {', '.join(families(head.form))}"
+            f"{head.task} needs a model that {reads}, with a head that {what}; the family {family} has none. Families "
+            f"that have: {', '.join(sorted(builders))}"
         )
     if head.form == "classes":
-        return ClassModel(base, head, CLASSIFIERS[family](base, head))
+        return ClassModel(base, head, builders[family](base, head))
     if head.pictures != 1:
         raise MissingCapabilityError(f"{head.task}: answers are written about one picture, not about {head.pictures}")
-    return AnswerModel(base, head, WRITERS[family](base, head))
+    return AnswerModel(base, head, builders[family](base, head))

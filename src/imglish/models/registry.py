@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import nn
 
 from imglish.models import albef, beit, beit3, blip, clip, coca, dual, dvae, vilt, vlmo, vqkd
+
+if TYPE_CHECKING:
+    from imglish.models.heads import HeadConfig
 
 Config = (
     albef.AlbefConfig
@@ -50,9 +53,10 @@ CONFIGS: dict[str, Callable[[], Config]] = {
 }
 
 
-def reads_texts(config: Any) -> bool:
-    """Whether a model of ``config`` takes texts, and so has a tokenizer: visual tokenizers take pictures only."""
-    return hasattr(config, "vocab_size")
+def reads_texts(config: Any, head: HeadConfig | None = None) -> bool:
+    """Whether a model of ``config``, with ``head`` that of a task, takes texts, and so has a tokenizer: visual
+    tokenizers and classifiers of pictures take pictures only."""
+    return hasattr(config, "vocab_size") and (head is None or head.texts)
 
 
 def names() -> list[str]:

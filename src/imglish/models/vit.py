@@ -22,17 +22,22 @@ class ImageInput:
     """What a model expects of a picture: side in pixels, mean and standard deviation a channel (of 0..1 values).
 
     resize: how a picture becomes square in evaluation: "squash" the whole of it (ALBEF, BLIP), or "center", the
-    centre of it (CLIP).
+    centre of it (CLIP); crop: share of the sides, or with "center" of the shorter one, that stays.
     """
 
     size: int = 224
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     resize: Literal["squash", "center"] = "squash"
+    crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop is {self.crop}: the part of a picture that stays is a share in 0..1")
 
     def transform(self, crop_scale: tuple[float, float] | None = None, flip: bool = False) -> ImageTransform:
         """How a picture becomes such input; without ``crop_scale`` and ``flip`` as in evaluation."""
-        return ImageTransform(self.size, self.resize, crop_scale=crop_scale, flip=flip)
+        return ImageTransform(self.size, self.resize, centre=self.crop, crop_scale=crop_scale, flip=flip)
 
 
 @dataclass(frozen=True)

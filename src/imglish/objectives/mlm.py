@@ -17,15 +17,16 @@ def mlm_loss(
     teacher_logits: Tensor | None = None,
     alpha: float = 0.0,
     count: float | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """(1 - alpha) cross-entropy + alpha soft cross-entropy to the teacher, both means over masked positions.
 
     logits, teacher_logits: ``(M, V)``; labels: int64 ``(M,)``; count: what to divide by (default M; for one of several
-    parts of a batch, the mean of their M). The mean is over the masked positions of all ranks, so
-    that gradients do not depend on how the batch is divided. M may be zero.
+    parts of a batch, the mean of their M); smoothing: share of each label that is spread over all V. The mean is over
+    the masked positions of all ranks, so that gradients do not depend on how the batch is divided. M may be zero.
     """
     logits = logits.float()
-    total = F.cross_entropy(logits, labels, reduction="sum")
+    total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     if teacher_logits is not None and alpha > 0:
         soft = torch.softmax(teacher_logits.float(), dim=1)
         total = (1 - alpha) * total - alpha * (F.log_softmax(logits, dim=1) * soft).sum()

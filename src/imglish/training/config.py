@@ -15,7 +15,7 @@ from imglish.data.text import CaptionStyle
 from imglish.evaluation.rerank import ScoreRule
 from imglish.training.settings import SettingsError, fill, read_mapping
 
-TaskName = Literal["vqa", "nlvr2", "entailment", "text_assignment"]
+TaskName = Literal["vqa", "nlvr2", "entailment", "classification", "text_assignment"]
 
 
 def _between(key: str, value: float, low: float, high: float, hint: str = "") -> None:
@@ -268,7 +268,7 @@ class TaskRecipe:
     frequent training answers, or the classes of the task); pictures: to a text (None: as the task has them);
     annotations: second file of VQA v2, validation_annotations: that of the validation; hold_out: share of the training
     data held out for validation, by picture; alpha: weight of what the momentum copy says in place of the labels (0: no
-    copy).
+    copy); smoothing: share of a class label that is spread over all classes.
     """
 
     name: TaskName | None = None
@@ -280,6 +280,7 @@ class TaskRecipe:
     validation_annotations: str | None = None
     hold_out: float = 0.0
     alpha: float = 0.0
+    smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         _between("most_answers", self.most_answers, 2, 1_000_000)
@@ -287,6 +288,7 @@ class TaskRecipe:
             _between("pictures", self.pictures, 1, 16)
         _between("hold_out", self.hold_out, 0, 0.9)
         _between("alpha", self.alpha, 0, 1)
+        _between("smoothing", self.smoothing, 0, 0.99)
 
 
 @dataclass(frozen=True)

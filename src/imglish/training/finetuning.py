@@ -22,7 +22,7 @@ from imglish.evaluation.encoding import Encodes, Machine
 from imglish.evaluation.tasks import TASKS
 from imglish.evaluation.tasks.answering import answer_ids, answerer
 from imglish.evaluation.tasks.base import frequent
-from imglish.evaluation.tasks.run import TaskResult, evaluate_task
+from imglish.evaluation.tasks.run import TaskResult, evaluate_task, out_of_reach
 from imglish.models.capabilities import MissingCapabilityError
 from imglish.models.heads import AssignmentModel, HeadConfig, TaskModel, after_assignment, with_head
 from imglish.report import Report
@@ -46,7 +46,7 @@ class TaskWork:
             Record(example.key, None, (example.text, *example.answers), number)
             for number, example in enumerate(examples)
         ]
-        self.materials = gather_materials(recipe, records, [], resumed, errors_file)
+        self.materials = gather_materials(recipe, records, [], resumed, errors_file, self.task.texts)
         self.head = self._head(examples)
         self.notes: list[str] = []
         known = set(self.head.classes)
@@ -58,6 +58,10 @@ class TaskWork:
                 f"{len(examples) - len(kept)} of {len(examples)} training examples have none of the {len(known)} "
                 "answers and are left out"
             )
+        try:
+            out_of_reach(self.head, self.task, self.held_out)
+        except DataError as error:
+            raise SettingsError("validation.data", str(error)) from error
         self.dataset = self._dataset(kept)
         self.items = len(self.dataset)
         self.validates = bool(self.held_out)
@@ -118,11 +122,24 @@ class TaskWork:
             names = read_answers(Path(wanted.answers))
         else:
             weights = task.written if wanted.head == "answers" else task.weights
-            names = task.classes or tuple(frequent(examples, weights, wanted.most_answers))
+            most = wanted.most_answers if task.texts else len(examples)  # of pictures every class is wanted
+            names = task.classes or tuple(frequent(examples, weights, most))
+        if not task.texts:
+            names = tuple(sorted(names))  # as everybody numbers the classes of folders
         soft = task.soft and wanted.head == "classes"
         try:
             start = self.materials.tokenizer.cls_id if wanted.head == "answers" else 0
-            return HeadConfig(task.name, wanted.head, tuple(names), soft, self.pictures, wanted.alpha, start=start)
+            return HeadConfig(
+                task.name,
+                wanted.head,
+                tuple(names),
+                soft,
+                self.pictures,
+                wanted.alpha,
+                start=start,
+                texts=task.texts,
+                smoothing=wanted.smoothing,
+            )
         except ValueError as error:
             raise SettingsError("task", str(error)) from error
 
@@ -145,7 +162,7 @@ class TaskWork:
                 examples,
                 label,
                 config.image.transform(crop, data.flip),
-                self.materials.tokenizer,
+                self.materials.words,
                 classes=None if writes else len(numbers),
                 soft=self.head.soft,
                 pictures=self.pictures,
@@ -197,8 +214,8 @@ class TaskWork:
         precision = "bfloat16" if self.recipe.compute.precision == "bf16" else "float32"
         machine = Machine(precision=precision, progress=False)
         data = self.recipe.data
-        words = cleaning(self.materials.tokenizer, data.clean, data.max_words)
-        answer = answerer(model, self.materials.tokenizer)
+        words = cleaning(self.materials.tokenizer, data.clean, data.max_words) if self.task.texts else None
+        answer = answerer(model, self.materials.words)
         self.last = evaluate_task(model, words, self.task, self.held_out, machine, answer=answer)
         name, score = next(iter(self.last.metrics.items()))
         entries = {"metrics": self.last.metrics, "groups": self.last.groups, "constant": self.last.constant}

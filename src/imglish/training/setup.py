@@ -75,9 +75,11 @@ def gather_materials(
     validation: Sequence[Record] | None,
     resumed: dict[str, Any] | None,
     errors_file: Path | None = None,
+    reads_texts: bool = True,
 ) -> Materials:
     """Read the data, make or load the tokenizer, settle the configuration. ``resumed``: a checkpoint, whose tokenizer
-    is then used as it is. ``errors_file``: takes what cannot be used of the data."""
+    is then used as it is. ``errors_file``: takes what cannot be used of the data.
+    ``reads_texts``: whether the job looks at any."""
     base, loaded = base_config(recipe)
     needs: Needs = "pairs" if registry.reads_texts(base) else "images"
     if reads_regions(base):
@@ -98,7 +100,7 @@ def gather_materials(
     targets = _exported(recipe.targets, "targets").model if recipe.targets is not None else None
     stage = _exported(str(recipe.model["start"]), "model.start") if "start" in recipe.model else None
     earlier = stage.model if stage is not None else None
-    if not registry.reads_texts(base):
+    if not (reads_texts and registry.reads_texts(base)):
         return Materials(train, held_out, None, base, start, targets, earlier)
     alone = read_alone(recipe, errors_file) if recipe.data.pictures_alone.train is not None else None
     if resumed is not None:

@@ -44,9 +44,10 @@ class TaskSample:
 class TaskDataset:
     """Examples with their labels.
 
-    label: of an example, made once. classes: how many there are where labels are classes, ``soft`` where several may
-    be right for an example; None where answers are written. pictures: to a text. The rest: as in
-    :class:`PairDataset`. A picture is mirrored only where neither text nor answers name a side.
+    label: of an example, made once. classes: how many there are where labels are classes, ``soft`` where several may be
+    right for an example; None where answers are written. pictures: to a text; tokenizer: None where only pictures are
+    looked at, every text then has no tokens. The rest: as in :class:`PairDataset`. A picture is mirrored only where
+    neither text nor answers name a side.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class TaskDataset:
         examples: Sequence[Example],
         label: Callable[[Example], Label],
         transform: ImageTransform | AspectTransform,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         classes: int | None,
         soft: bool = False,
@@ -99,11 +100,14 @@ class TaskDataset:
             except ImageError as error:
                 unreadable.append(Problem(example.key, error.reason, f"{example.place}: {error}"))
                 continue
-            text = clean_question(example.text, self.max_words, self.clean)
-            ids = self.tokenizer.encode([text])[0]
-            return TaskSample(example.key, pixels, ids, self.labels[number], tuple(unreadable))
+            return TaskSample(example.key, pixels, self._ids(example), self.labels[number], tuple(unreadable))
         last = unreadable[-1].message
         raise ImageError(f"{len(unreadable)} pictures in a row cannot be read; the last: {last}")
+
+    def _ids(self, example: Example) -> list[int]:
+        if self.tokenizer is None:
+            return []
+        return self.tokenizer.encode([clean_question(example.text, self.max_words, self.clean)])[0]
 
     def collate(self, samples: Sequence[TaskSample]) -> TaskBatch:
         """A batch of samples."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from imglish.evaluation.tasks import entailment, nlvr2, vqa
+from imglish.evaluation.tasks import classification, entailment, nlvr2, vqa
 from imglish.evaluation.tasks.base import Task, TaskScores
 
-TASKS: dict[str, Task] = {task.name: task for task in (vqa.TASK, nlvr2.TASK, entailment.TASK)}
+TASKS: dict[str, Task] = {task.name: task for task in (vqa.TASK, nlvr2.TASK, entailment.TASK, classification.TASK)}
 
 __all__ = ["TASKS", "Task", "TaskScores"]

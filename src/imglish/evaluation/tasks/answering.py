@@ -16,11 +16,14 @@ from imglish.models.capabilities import Answers, EncodedImages
 How = Literal["ranked", "generated"]
 
 
-def answerer(model: Any, tokenizer: Vocabulary, how: How = "ranked", rule: RankRule = BY_PROBABILITY) -> Answerer:
+def answerer(
+    model: Any, tokenizer: Vocabulary | None, how: How = "ranked", rule: RankRule = BY_PROBABILITY
+) -> Answerer:
     """How ``model`` answers; for one that writes answers: ``ranked`` among the candidates of its head by ``rule``, or
     ``generated`` by three beams."""
     if not isinstance(model, Answers):
         return classes
+    assert tokenizer is not None  # whatever writes answers reads questions
     if how == "generated":
         return _generated(tokenizer)
     names = model.head.classes

@@ -26,7 +26,8 @@ class Task:
     """read: examples of its files; classes: what may be said, empty where the training answers decide; soft: several
     answers may be right, each to a degree; pictures: to a text; weights: what is right for an example, answer ->
     weight, as classes, and as texts that are to be written; score: of predictions (key -> answer), which may be of
-    fewer examples; the keyword ``variant`` chooses among the rules of a metric."""
+    fewer examples; the keyword ``variant`` chooses among the rules of a metric; texts: whether a text comes with the
+    pictures."""
 
     name: str
     title: str
@@ -37,6 +38,7 @@ class Task:
     classes: tuple[str, ...] = ()
     soft: bool = False
     pictures: int = 1
+    texts: bool = True
 
 
 def grouped(examples: Sequence[Example], of_example: Mapping[str, float]) -> dict[str, float]:

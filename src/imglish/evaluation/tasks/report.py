@@ -57,7 +57,7 @@ def _show(report: Report, said: Said, example: Example, score: float) -> None:
         Shown(decode(path, 2 * SIDE, name=path.name), f"is: {people}" if number == 0 else "", score > 50)
         for number, path in enumerate(example.images)
     ]
-    report.compare(example.text, {f"said: {answers}": shown}, side=SIDE)
+    report.compare(example.text or example.shows, {f"said: {answers}": shown}, side=SIDE)
 
 
 def add_course(

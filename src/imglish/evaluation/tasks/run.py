@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from imglish.data.batch import TextBatch
-from imglish.data.errors import DataError, Errors, Problem
+from imglish.data.errors import DataError, Errors, Problem, printable
 from imglish.data.images import ImageError, decode
 from imglish.data.pictures import Picture, picture_of, stack
 from imglish.data.tasks.examples import Example
@@ -26,9 +26,11 @@ from imglish.evaluation.sharing import blocks, mine
 from imglish.evaluation.tasks.base import Task, best_constant
 from imglish.generation.stream import read_ahead
 from imglish.models.capabilities import Answers, Classifies, require
+from imglish.models.heads import HeadConfig
 from imglish.objectives.gather import rank, world_size
 
 SHOWN = 5  # answers of an example that are kept
+GROUPS = 20  # rows of groups in a table
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,13 @@ class TaskResult:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """The table as headers and rows of text."""
+        """The table as headers and rows of text; of more than 20 groups the 20 with the lowest scores."""
         answer, constant = self.constant
         rows = [["model", *(f"{self.metrics[name]:.2f}" for name in self.metrics)]]
         rows += [[f"always “{answer}”", *(f"{constant[name]:.2f}" for name in self.metrics)]]
         blank = [""] * (len(self.metrics) - 1)
-        rows += [[f"model, {kind or 'no kind'}", f"{value:.2f}", *blank] for kind, value in self.groups.items()]
+        shown = sorted(self.groups, key=self.groups.__getitem__)[:GROUPS] if len(self.groups) > GROUPS else self.groups
+        rows += [[f"model, {kind or 'no kind'}", f"{self.groups[kind]:.2f}", *blank] for kind in shown]
         return ["percent", *self.metrics], rows
 
     def text(self) -> str:
@@ -87,7 +90,7 @@ class TaskResult:
 
 def evaluate_task(
     model: nn.Module,
-    tokenizer: Encodes,
+    tokenizer: Encodes | None,
     task: Task,
     examples: Sequence[Example],
     machine: Machine = DEFAULT_MACHINE,
@@ -101,16 +104,18 @@ def evaluate_task(
 ) -> TaskResult:
     """Answer ``examples`` and score the answers; under ``torchrun`` all ranks share the work.
 
-    answer: how the model answers (default: by its classes); predictions: a JSONL file that receives each answer as soon
-    as it is known, one file a rank; those that lie there are kept, so the same call continues. Examples whose pictures
-    cannot be read are left out and counted in ``errors``. how: what else the answers depend on, in a word; rule: of the
-    task's metric. Raises ``MissingCapabilityError`` for a model without a head for the task, :class:`DataError` for
-    examples without answers.
+    tokenizer: None for a task without texts. answer: how the model answers (default: by its classes); predictions: a
+    JSONL file that receives each answer as soon as it is known, one file a rank; those that lie there are kept, so the
+    same call continues. Examples whose pictures cannot be read are left out and counted in ``errors``. how: what else
+    the answers depend on, in a word; rule: of the task's metric. Raises ``MissingCapabilityError`` for a model without
+    a head for the task, :class:`DataError` for examples without answers.
     """
     if lacking := [example.place for example in examples if not example.answers]:
         raise DataError(f"{len(lacking)} examples have no answers to compare with; the first: {lacking[0]}")
     if not isinstance(model, Answers):
         require(model, Classifies, task.title)
+    assert isinstance(model, (Classifies, Answers))
+    beyond = out_of_reach(model.head, task, examples)
     began, training = time.perf_counter(), model.training
     model.eval()
     try:
@@ -125,12 +130,14 @@ def evaluate_task(
     scores = task.score(kept, {key: said.answer for key, said in found.items()}, **rule)
     constant = best_constant(kept, task)
     of_constant = task.score(kept, dict.fromkeys(found, constant), **rule).metrics
-    assert isinstance(model, (Classifies, Answers))
-    known, rights = set(model.head.classes), task.weights if model.head.form == "classes" else task.written
-    unreachable = sum(known.isdisjoint(rights(example)) for example in kept)
+    unreachable = sum(example.key in beyond for example in kept)
     notes = list(scores.notes)
+    if len(scores.groups) > GROUPS:
+        notes.append(f"the {GROUPS} lowest of {len(scores.groups)} groups are shown, the JSON has all")
     if unreachable:
-        notes.append(f"{unreachable} of {len(kept)} examples have no answer among the model's {len(known)}")
+        notes.append(
+            f"{unreachable} of {len(kept)} examples have no answer among the model's {len(model.head.classes)}"
+        )
     if lost:
         notes.append(f"{len(lost)} examples are left out: their pictures cannot be read")
     return TaskResult(
@@ -145,6 +152,25 @@ def evaluate_task(
         tuple(found[example.key] for example in kept),
         scores.of_example,
     )
+
+
+def out_of_reach(head: HeadConfig, task: Task, examples: Sequence[Example]) -> set[str]:
+    """Keys of the examples none of whose answers is among those of ``head``. Raises :class:`DataError` where these are
+    all examples of a choice among classes."""
+    known, rights = set(head.classes), task.weights if head.form == "classes" else task.written
+    found = {example.key for example in examples if known.isdisjoint(rights(example))}
+    if head.form == "classes" and examples and len(found) == len(examples):
+        raise DataError(
+            f"no example has an answer among the model's {len(known)}, which are {_some(known)}; the examples' are "
+            f"{_some({answer for example in examples for answer in example.answers})}. Classes without names are "
+            "numbers: name them as the data do (imglish convert --classes FILE)"
+        )
+    return found
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(printable(name, 30) for name in sorted(names)[:3])
+    return f"{shown}, ..." if len(names) > 3 else shown
 
 
 Answerer = Callable[[Any, Sequence[Any], TextBatch], list[tuple[tuple[str, float], ...]]]
@@ -165,7 +191,7 @@ def classes(model: Any, images: Sequence[Any], texts: TextBatch) -> list[tuple[t
 
 def _answers(
     model: nn.Module,
-    tokenizer: Encodes,
+    tokenizer: Encodes | None,
     examples: Sequence[Example],
     machine: Machine,
     answer: Answerer,
@@ -211,7 +237,7 @@ def _answers(
 
 def _stream(
     model: Any,
-    tokenizer: Encodes,
+    tokenizer: Encodes | None,
     examples: Sequence[Example],
     machine: Machine,
     answer: Answerer,
@@ -237,7 +263,8 @@ def _stream(
         if readable:
             columns: Any = zip(*(p for _, p in readable), strict=True)
             images = [stack(column).to(device) for column in columns]
-            texts = TextBatch.of(tokenizer.encode([e.text for e, _ in readable])).to(device)
+            asked = [e.text for e, _ in readable]
+            texts = TextBatch.of([[] for _ in asked] if tokenizer is None else tokenizer.encode(asked)).to(device)
             with torch.no_grad(), machine.arithmetic(device):
                 answers = answer(model, images, texts)
             said |= {e.key: Said(e.key, best) for (e, _), best in zip(readable, answers, strict=True)}
