@@ -30,6 +30,8 @@ def report(out: Path, plot: Path | None) -> None:
     print(f"{len(scenes)} trainings on scenes, seeds {sorted({row['seed'] for row in scenes})}; mean ± deviation\n")
     print(_arms(scenes, [(rate, arm) for rate in rates for arm in ARMS]))
     print()
+    print(_differences(scenes, rates))
+    print()
     print(_arms(scenes, [(50, arm) for arm in ("raw", *PARTS)]))
     print()
     print(_filters([row for row in scenes if "filter" in row], rates))
@@ -58,6 +60,25 @@ def _arms(rows: list[dict[str, Any]], wanted: list[tuple[int, str]]) -> str:
         if _of(rows, rate, arm, "recall")
     ]
     return table(["noise", "trained on", *(title for title, _ in MEASURES.values())], lines)
+
+
+def _differences(rows: list[dict[str, Any]], rates: list[int]) -> str:
+    """What the filter does, in points of recall and AUC of ITM: seed by seed, and mean."""
+    seeds = sorted({row["seed"] for row in rows})
+    pairs = (("filter only", "raw"), ("as many at random", "raw"), ("filter only", "as many at random"))
+    found = {(row["rate"], row["arm"], row["seed"]): row for row in rows}
+    lines = []
+    for rate in rates:
+        for arm, other in pairs:
+            gains = [
+                [MEASURES[name][1] * (found[rate, arm, seed][name] - found[rate, other, seed][name]) for seed in seeds]
+                for name in ("recall", "itm other")
+                if all((rate, one, seed) in found for one in (arm, other) for seed in seeds)
+            ]
+            if gains:
+                cells = [" / ".join(f"{gain:+.1f}" for gain in both) for both in zip(*gains, strict=True)]
+                lines.append([f"{rate} %", f"{arm} – {other}", *cells, " / ".join(f"{np.mean(g):+.1f}" for g in gains)])
+    return table(["noise", "recall / ITM AUC, points", *(f"seed {seed}" for seed in seeds), "mean"], lines)
 
 
 def _filters(rows: list[dict[str, Any]], rates: list[int]) -> str:
@@ -105,7 +126,7 @@ def _plot(scenes: list[dict[str, Any]], flickr: list[dict[str, Any]], rates: lis
         for shift, arm in enumerate(ARMS):
             found = [(rate, scale * np.array(values)) for rate in rates if (values := _of(scenes, rate, arm, name))]
             axes[place].errorbar(
-                [rate + shift - 1.5 for rate, _ in found],
+                [rate + shift - (len(ARMS) - 1) / 2 for rate, _ in found],
                 [values.mean() for _, values in found],
                 [values.std(ddof=1) if len(values) > 1 else 0.0 for _, values in found],
                 fmt="o-",

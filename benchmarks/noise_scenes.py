@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ from imglish.training.stages import Stage as Training
 
 STEPS = 200
 WEB, CLEAN, TESTED = 2000, 400, 100  # pictures with noisy and with clean captions; tested pairs of pictures
-ARMS = {"raw": "noisy", "filter only": "by-filter", "captioner only": "by-captioner", "both": "by-both"}
+ARMS = {
+    "raw": "noisy",
+    "filter only": "by-filter",
+    "as many at random": "at-random",
+    "captioner only": "by-captioner",
+    "both": "by-both",
+}
 PARTS = {
     "no distillation": "no-distillation",
     "hard negatives": "hard",
@@ -63,35 +70,52 @@ def scenes(seed: int, count: int, rate: float = 0.0) -> SceneConfig:
 
 
 def run(out: Path, rate: int, seed: int, steps: int) -> None:
-    """All arms of one rate and seed that have no result yet."""
+    """The arms of one rate and seed that have no result yet, and what these are made from."""
     arms = ARMS | (PARTS if rate == 50 else {})
     files = {arm: out / "results" / f"scenes-{rate}-{seed}-{stage}.json" for arm, stage in arms.items()}
-    if all(file.exists() for file in files.values()):
+    missing = {arm: stage for arm, stage in arms.items() if not files[arm].exists()}
+    if not missing:
         return
     torch.set_num_threads(1)
     folder = out / f"scenes-{rate}-{seed}"
     web = scenes(10 * seed + 1, WEB, rate / 100)
     sources = data(folder / "data", web, scenes(10 * seed + 2, CLEAN))
-    recipe = recipe_of(folder / "run", sources, seed, steps, list(arms.values()))
-    loop = loop_from(recipe)
-    for result in run_loop(loop):
-        if result.stopped is not None:
-            raise SystemExit(f"stopped by {result.stopped}; the same command continues")
+    *others, drawn = loop_from(recipe_of(folder / "run", sources, seed, steps))
+    loop = [*others, replace(drawn, needs=("kept-filter",))]  # of which it has the number of captions
+    wanted = needed(loop, missing.values())
+    finish([step for step in wanted if step.name != drawn.name])
+    if drawn.name in missing.values():
+        draw(folder_of(loop, "kept-filter") / "keep.jsonl", sources, np.random.default_rng([seed, rate]))
+        finish([drawn])
     tested = SceneSource(scenes(7, 1)).evaluation("seen")
-    filtered = quality_of(folder_of(loop, "scores"), SceneSource(web))
-    files["both"].parent.mkdir(parents=True, exist_ok=True)
-    for arm, stage in arms.items():
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    for arm, stage in missing.items():
         found = {"rate": rate, "seed": seed, "arm": arm, "steps": steps}
         found |= measure(imglish.load(folder_of(loop, stage) / "model", "cpu"), tested.records, tested.scenes)
         if arm == "both":
-            found["filter"] = filtered
+            found["filter"] = quality_of(folder_of(loop, "scores"), SceneSource(web))
         files[arm].write_text(json.dumps(found, indent=1))
         shown = {name: round(value, 3) for name, value in found.items() if isinstance(value, float)}
         print(f"{rate} % noise, seed {seed}, {arm}: {shown}", flush=True)
 
 
+def needed(loop: Sequence[Step], names: Iterable[str]) -> list[Step]:
+    """The stages of these names, and all that they are made from."""
+    found = set(names)
+    for step in reversed(loop):
+        if step.name in found:
+            found.update(step.needs)
+    return [step for step in loop if step.name in found]
+
+
+def finish(steps: Sequence[Step]) -> None:
+    for result in run_loop(steps):
+        if result.stopped is not None:
+            raise SystemExit(f"stopped by {result.stopped}; the same command continues")
+
+
 def data(folder: Path, web: SceneConfig, clean: SceneConfig) -> dict[str, dict[str, str]]:
-    """The noisy and the clean pictures as folders, and a mixture of both."""
+    """The noisy and the clean pictures as folders, and a mixture of both; where :func:`draw` puts a part of it."""
     found = {}
     for name, config in (("web", web), ("clean", clean)):
         if not (folder / name).exists():
@@ -99,10 +123,24 @@ def data(folder: Path, web: SceneConfig, clean: SceneConfig) -> dict[str, dict[s
         place = {"path": str((folder / name / "captions.jsonl").resolve()), "split": "train"}
         found[name] = place | {"images": str((folder / name / "images").resolve())}
     (folder / "all.yaml").write_text(yaml.safe_dump({"sources": [found["web"], found["clean"]]}))
-    return found | {"all": {"path": str((folder / "all.yaml").resolve())}}
+    return found | {name: {"path": str((folder / f"{name}.yaml").resolve())} for name in ("all", "drawn")}
 
 
-def recipe_of(out: Path, data: dict[str, dict[str, str]], seed: int, steps: int, arms: Sequence[str]) -> dict[str, Any]:
+def draw(kept: Path, data: dict[str, dict[str, str]], rng: np.random.Generator) -> None:
+    """As many of the noisy pictures, each of one caption, as a keep-list has, and the clean ones beside them."""
+    web = data["web"]
+    lines = Path(web["path"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [line for line in lines if json.loads(line)["split"] == web["split"]]
+    count = len(kept.read_text(encoding="utf-8").splitlines())
+    chosen = np.sort(rng.choice(len(lines), count, replace=False)).tolist()
+    mixture = Path(data["drawn"]["path"])
+    part = mixture.with_suffix(".jsonl")
+    part.write_text("".join(lines[number] for number in chosen), encoding="utf-8")
+    mixture.write_text(yaml.safe_dump({"sources": [web | {"path": str(part)}, data["clean"]]}))
+    print(f"{count} of {len(lines)} captions drawn at random", flush=True)
+
+
+def recipe_of(out: Path, data: dict[str, dict[str, str]], seed: int, steps: int) -> dict[str, Any]:
     """The loop, with all of its endings. The clean pairs are part of what every arm trains on, as in the paper."""
     clean = {"train": data["clean"]["path"], "images": data["clean"]["images"], "split": "train"}
     model: dict[str, Any] = {
@@ -135,9 +173,9 @@ def recipe_of(out: Path, data: dict[str, dict[str, str]], seed: int, steps: int,
         "no-distillation": {**train, "model": {**model, "teacher": alone}},
         "hard": {**train, "model": {**model, "hard_negatives": HARD}},
         "hard-no-distillation": {**train, "model": {**model, "hard_negatives": HARD, "teacher": alone}},
+        "at-random": {"model": model, "data": {"train": data["drawn"]["path"]}},
     }
-    wanted = {name: stages[name] for name in stages if name not in PARTS.values() or name in arms}
-    return {"output": str(out), "shared": shared(seed, steps), "stages": wanted}
+    return {"output": str(out), "shared": shared(seed, steps), "stages": stages}
 
 
 def shared(seed: int, steps: int) -> dict[str, Any]:
