@@ -101,7 +101,7 @@ def read_source(path: Path) -> Source:
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
         if path.is_file():
-            return Source(path, "file", read_weights(path))
+            return Source(path, "file", read_weights(path).weights)
         for name, layout in SETTINGS:
             if (path / name).is_file():
                 settings = json.loads((path / name).read_text(encoding="utf-8"))
@@ -116,9 +116,9 @@ def read_source(path: Path) -> Source:
 def _weights_of(folder: Path) -> dict[str, Tensor]:
     for name in WEIGHT_NAMES:
         if (folder / name).is_file():
-            return read_weights(folder / name)
+            return read_weights(folder / name).weights
     if parts := sorted(folder.glob("model-*-of-*.safetensors")):
-        return {key: value for part in parts for key, value in read_weights(part).items()}
+        return {key: value for part in parts for key, value in read_weights(part).weights.items()}
     raise CheckpointError(f"{folder} holds no weights: none of {', '.join(WEIGHT_NAMES)}")
 
 
