@@ -29,8 +29,7 @@ class _Hub:
 
     @property
     def fetched(self) -> list[str]:
-        taken = [f for f in self.files if any(fnmatch(f, pattern) for pattern in self.asked["allow_patterns"])]
-        return [f for f in taken if not any(fnmatch(f, pattern) for pattern in self.asked["ignore_patterns"])]
+        return [f for f in self.files if any(fnmatch(f, pattern) for pattern in self.asked["allow_patterns"])]
 
 
 def test_a_model_of_the_hub_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,13 +44,19 @@ def test_a_model_of_the_hub_is_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_only_what_is_needed_is_fetched_and_one_form_of_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = ["config.json", "vocab.txt", "pytorch_model.bin", "tf_model.h5", "README.md", "flax_model.msgpack"]
-    hub = _Hub(tmp_path, files, monkeypatch)
-    from_hub("owner/name")
-    assert hub.fetched == ["config.json", "vocab.txt", "pytorch_model.bin"]
-    hub.files += ["model.safetensors"]
-    from_hub("owner/name")
-    assert hub.fetched == ["config.json", "vocab.txt", "model.safetensors"]
+    settings = ["config.json", "vocab.txt"]
+    hub = _Hub(tmp_path, [*settings, "tf_model.h5", "README.md", "flax_model.msgpack", "onnx/model.onnx"], monkeypatch)
+    forms = [  # each better than those before it
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"],
+        ["pytorch_model.bin"],
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+        ["model.safetensors"],
+    ]
+    hub.files += ["unet/diffusion_pytorch_model.safetensors"]  # of another part of the repository
+    for form in forms:
+        hub.files += form
+        from_hub("owner/name")
+        assert sorted(hub.fetched) == sorted([*settings, *form])
 
 
 def test_what_the_hub_cannot_give_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -79,10 +79,13 @@ def text_rules(prefix: str = "") -> Table:
     )
 
 
+_ARCHIVED = ("input_resolution", "context_length", "vocab_size")
+
+
 def table(config: ClipConfig) -> Table:
     """The correspondence for a model of ``config``."""
     sizes = "a size that the configuration holds; archived beside the weights"
-    archived = [Drop(name, sizes) for name in ("input_resolution", "context_length", "vocab_size")]
+    archived = [Drop(name, sizes) for name in _ARCHIVED]
     image = resnet_rules() if isinstance(config.vision, ResNetConfig) else vit_rules()
     return Table(Rule("logit_scale", "logit_scale"), *archived) + image + text_rules()
 
@@ -90,6 +93,16 @@ def table(config: ClipConfig) -> Table:
 def convert(official: Mapping[str, Tensor], config: ClipConfig) -> Converted:
     """Our state dict from the official one (any floating dtype), which must hold exactly the model of ``config``."""
     return table(config).convert(official, skeleton(config))
+
+
+def convert_released(official: Mapping[str, Tensor], config: ClipConfig) -> Converted:
+    """Like :func:`convert`. Models of open_clip have the same names and most have another activation: where nothing
+    shows that the weights are openai's, the report says what they are taken for."""
+    converted = convert(official, config)
+    if all(name in official for name in _ARCHIVED):
+        return converted
+    taken = "taken for openai's, with its QuickGELU; a model of open_clip needs open_clip_config.json beside it"
+    return Converted(converted.state, converted.report | {"transformer": taken})
 
 
 def skeleton(config: ClipConfig | CocaConfig) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from imglish.checkpoints.drawing import drawn, undrawn
 from imglish.checkpoints.files import WeightFileError, read_weights
+from imglish.checkpoints.folders import read_folder, weight_files
 from imglish.checkpoints.formats import FORMATS, Format, Layout, Source
 from imglish.checkpoints.native import CheckpointError, Loaded, built
 from imglish.checkpoints.preparing import with_picture
@@ -26,13 +27,12 @@ from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.models import registry
 from imglish.models.heads import HeadConfig
 
-WEIGHT_NAMES = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
-)
 SETTINGS: tuple[tuple[str, Layout], ...] = (("open_clip_config.json", "open_clip"), ("config.json", "transformers"))
+_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+_OPEN_CLIP = (
+    "Sizes and activation of such a model stand in open_clip's model_configs/NAME.json: put that file beside it, as "
+    "open_clip_config.json"
+)
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz", "beit3.spm")
 
 
@@ -96,49 +96,81 @@ def _with_fresh(state: Mapping[str, Tensor], config: Any, head: HeadConfig | Non
 
 
 def read_source(path: Path) -> Source:
-    """Weights and settings at ``path``: a file, or a folder of transformers or open_clip."""
+    """Weights and settings at ``path``: a folder of transformers or open_clip, or a file, which has the settings that
+    lie beside it if it is of their kind."""
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
         if path.is_file():
-            return Source(path, "file", read_weights(path).weights)
+            return _file(path)
         for name, layout in SETTINGS:
             if (path / name).is_file():
-                settings = json.loads((path / name).read_text(encoding="utf-8"))
-                if not isinstance(settings, dict):
-                    raise CheckpointError(f"{path / name} holds no settings")
-                return Source(path, layout, _weights_of(path), settings)
+                return Source(path, layout, read_folder(path), _settings(path / name))
+        files = [file.name for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
     except (WeightFileError, OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
-    raise CheckpointError(f"{path} is no folder of a model: it has none of {', '.join(name for name, _ in SETTINGS)}")
+    named = f"; name one of its files: {', '.join(files[:6])}" if files else ""
+    raise CheckpointError(
+        f"{path} is no folder of a model: it has none of {', '.join(name for name, _ in SETTINGS)}{named}"
+    )
 
 
-def _weights_of(folder: Path) -> dict[str, Tensor]:
-    for name in WEIGHT_NAMES:
-        if (folder / name).is_file():
-            return read_weights(folder / name).weights
-    if parts := sorted(folder.glob("model-*-of-*.safetensors")):
-        return {key: value for part in parts for key, value in read_weights(part).weights.items()}
-    raise CheckpointError(f"{folder} holds no weights: none of {', '.join(WEIGHT_NAMES)}")
+def _file(path: Path) -> Source:
+    found = read_weights(path)
+    for name, layout in SETTINGS:
+        if (path.parent / name).is_file():
+            source = Source(path, layout, found.weights, _settings(path.parent / name))
+            if _complete(source):
+                return source
+    return Source(path, "file", found.weights, beside=found.beside)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds no settings")
+    return found
 
 
 def recognise(source: Source) -> tuple[str, Format]:
     """The format that the source is of; an error names the nearest one and why it is not of that."""
-    lacking = {name: form.lacks(source) for name, form in FORMATS.items() if form.layout == source.layout}
-    if complete := [name for name, reasons in lacking.items() if not reasons]:
+    if complete := _complete(source):
         best = max(complete, key=lambda name: len(FORMATS[name].marks))
+        if best == "clip" and (source.path.name.startswith("open_clip") or {"name", "epoch"} <= set(source.beside)):
+            raise CheckpointError(f"{source.path} is a model of open_clip. {_OPEN_CLIP}")
         return best, FORMATS[best]
+    if source.layout == "file" and _complete(replace(source, layout="open_clip")):
+        raise CheckpointError(f"{source.path} is a model of open_clip. {_OPEN_CLIP}")
+    lacking = {name: form.lacks(source) for name, form in FORMATS.items() if form.layout == source.layout}
     nearest = min(lacking, key=lambda name: len(lacking[name]) / len(FORMATS[name].marks))
-    known = ", ".join(FORMATS[name].title for name in lacking)
+    known = "; ".join(FORMATS[name].title for name in lacking)
     raise CheckpointError(
-        f"{source.path} is of no known kind ({known}). Nearest is {FORMATS[nearest].title}, but it has "
-        f"{'; '.join(lacking[nearest])}. Its first names: {', '.join(list(source.weights)[:6])}"
+        f"{source.path} is of no known kind ({known}).{_called(source)} Nearest is {FORMATS[nearest].title}, but it "
+        f"has {'; '.join(lacking[nearest])}. Its first names: {', '.join(list(source.weights)[:6])}"
     )
 
 
+def _complete(source: Source) -> list[str]:
+    """Names of the formats that the source is of."""
+    return [name for name, form in FORMATS.items() if form.layout == source.layout and not form.lacks(source)]
+
+
+def _called(source: Source) -> str:
+    """What transformers calls the model; of one tower alone, what to take instead."""
+    if source.layout != "transformers" or source.settings is None:
+        return ""
+    classes, kind = source.settings.get("architectures") or [], str(source.settings.get("model_type"))
+    called = f" Its config.json calls it {', '.join(map(str, classes)) or 'a model'} (model_type {kind})."
+    one = kind.endswith(("_text_model", "_vision_model"))
+    return called + (" That is one tower alone; take the whole model, with pictures and texts." if one else "")
+
+
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the weights in a folder, in their order."""
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin"))
+    """SHA-256 of a file, or of the weights in a folder, part by part."""
+    files = [path] if path.is_file() else weight_files(path)
     made = sha256()
     for file in files:
         with file.open("rb") as stream:

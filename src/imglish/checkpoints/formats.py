@@ -40,13 +40,14 @@ Layout = Literal["file", "transformers", "open_clip"]
 @dataclass(frozen=True)
 class Source:
     """What lies on the disk. settings: the JSON beside the weights, None for a file alone; classes: names of a task's
-    answers in the order of the head, where they are known."""
+    answers in the order of the head, where they are known; beside: what else the record of a training holds."""
 
     path: Path
     layout: Layout
     weights: Mapping[str, Tensor]
     settings: Mapping[str, Any] | None = None
     classes: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -60,7 +61,8 @@ class Format:
     marks: patterns, for each of which the weights have a name, and never: one that they have no name for; config: ours,
     from sizes or settings; convert: weights, names and shapes of our model (or of what a task model has within), its
     configuration -> ours; head: of a task model; closing: its texts end with [SEP]; special: tokens that the family
-    adds to its tokenizer; score_rule: how its authors rank pairs.
+    adds to its tokenizer; score_rule: how its authors rank pairs; model_type: in the settings of transformers, where
+    other models have the same names.
     """
 
     title: str
@@ -73,10 +75,14 @@ class Format:
     special: tuple[str, ...] = ()
     never: str | None = None
     head: Callable[[Source], HeadConfig] | None = None
+    model_type: str | None = None
 
     def lacks(self, source: Source) -> list[str]:
         """What keeps the source from being of this kind, in words."""
         lacking = [f"no name like {mark}" for mark in self.marks if not _some(source, mark)]
+        said = (source.settings or {}).get("model_type", self.model_type)
+        if self.model_type is not None and said != self.model_type:
+            lacking.append(f"model_type {said!r}, not {self.model_type!r}")
         return lacking + ([f"a name like {self.never}"] if self.never and _some(source, self.never) else [])
 
 
@@ -342,7 +348,7 @@ FORMATS: dict[str, Format] = {
         "file",
         (r"visual\.(conv1|layer1)", r"positional_embedding$", r"token_embedding\.", r"transformer\.resblocks\."),
         lambda s: clip.config_from_weights(s.weights),
-        lambda theirs, _, config: clip.convert(theirs, config),
+        lambda theirs, _, config: clip.convert_released(theirs, config),
         "itc",
     ),
     "hf-clip": Format(
@@ -352,6 +358,7 @@ FORMATS: dict[str, Format] = {
         lambda s: hf_clip.config_from_json(_json(s)),
         lambda theirs, _, config: hf_clip.convert(theirs, config),
         "itc",
+        model_type="clip",
     ),
     "hf-chinese-clip": Format(
         "Chinese-CLIP of transformers",
@@ -360,6 +367,7 @@ FORMATS: dict[str, Format] = {
         lambda s: hf_clip.chinese_from_json(_json(s)),
         lambda theirs, _, config: hf_clip.convert(theirs, config),
         "itc",
+        model_type="chinese_clip",
     ),
     "hf-siglip": Format(
         "SigLIP of transformers",
@@ -368,6 +376,7 @@ FORMATS: dict[str, Format] = {
         lambda s: hf_siglip.config_from_json(_json(s)),
         lambda theirs, _, config: hf_siglip.convert(theirs, config),
         "itc",
+        model_type="siglip",
     ),
     "hf-blip": Format(
         "BLIP of transformers",
@@ -377,6 +386,7 @@ FORMATS: dict[str, Format] = {
         hf_blip.convert,
         "itm",
         special=("[DEC]", "[ENC]"),
+        model_type="blip",
     ),
     "hf-blip-vqa": Format(
         "BLIP of transformers, for VQA",
@@ -387,6 +397,7 @@ FORMATS: dict[str, Format] = {
         "itm",
         special=("[DEC]", "[ENC]"),
         head=_writes,
+        model_type="blip",
     ),
     "hf-blip-backbone": Format(
         "BLIP of transformers without heads",
@@ -396,6 +407,7 @@ FORMATS: dict[str, Format] = {
         hf_blip.convert_backbone,
         "itm",
         special=("[DEC]", "[ENC]"),
+        model_type="blip",
     ),
     "hf-vilt": Format(
         "ViLT of transformers",
@@ -405,6 +417,7 @@ FORMATS: dict[str, Format] = {
         lambda theirs, target, _: hf_vilt.convert(theirs, target),
         "itm",
         never=r"classifier\.",
+        model_type="vilt",
     ),
     "hf-vilt-task": Format(
         "ViLT of transformers, for VQA or NLVR2",
@@ -414,6 +427,7 @@ FORMATS: dict[str, Format] = {
         lambda theirs, target, _: hf_vilt.convert(theirs, target),
         "itm",
         head=lambda s: _pairs(s) if hf_vilt.pictures(s.weights) == 2 else _answers("classifier.3.weight")(s),
+        model_type="vilt",
     ),
     "hf-beit": Format(
         "BEiT or BEiT-2 of transformers, of masked image modelling",
@@ -422,6 +436,7 @@ FORMATS: dict[str, Format] = {
         lambda s: hf_beit.config_from_json(_json(s)),
         lambda theirs, target, _: hf_beit.table().convert(theirs, target),
         "itc",
+        model_type="beit",
     ),
     "hf-beit-classes": Format(
         "BEiT or BEiT-2 of transformers, fine-tuned for ImageNet",
@@ -431,6 +446,7 @@ FORMATS: dict[str, Format] = {
         lambda theirs, target, _: hf_beit.classifier_table().convert(theirs, target),
         "itc",
         head=_shows("classifier.weight"),
+        model_type="beit",
     ),
     "open_clip-coca": Format(
         "CoCa of open_clip",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from imglish.checkpoints import native
 from imglish.checkpoints.drawing import drawn
-from imglish.checkpoints.foreign import SETTINGS, TOKENIZERS, WEIGHT_NAMES, load_foreign
+from imglish.checkpoints.folders import WEIGHTS, form_of
+from imglish.checkpoints.foreign import SETTINGS, TOKENIZERS, load_foreign
 from imglish.checkpoints.native import CheckpointError, Loaded, built
 from imglish.checkpoints.preparing import PREPROCESSOR
 from imglish.checkpoints.resizing import with_sizes
@@ -16,14 +18,7 @@ from imglish.checkpoints.transfer import resized
 from imglish.models.heads import TaskModel
 
 HUB = "hf:"
-_WANTED = (
-    *(name for name, _ in SETTINGS),
-    *WEIGHT_NAMES,
-    *TOKENIZERS,
-    PREPROCESSOR,
-    "model-*-of-*.safetensors",
-    native.DESCRIPTION,
-)
+_WANTED = (*(name for name, _ in SETTINGS), *TOKENIZERS, PREPROCESSOR, native.DESCRIPTION)
 
 
 def load_any(
@@ -84,16 +79,10 @@ def from_hub(repository: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        ignored: list[str] = []
-        try:
-            files = HfApi().list_repo_files(repository, revision=revision)
-            if any(name.endswith(".safetensors") for name in files):
-                ignored = ["*.bin"]
-        except OfflineModeIsEnabled:
-            pass  # what is in the cache was chosen when it was fetched
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=ignored)
-        )
+        weights = WEIGHTS  # offline, what is in the cache was chosen when it was fetched
+        with suppress(OfflineModeIsEnabled):
+            weights = form_of(HfApi().list_repo_files(repository, revision=revision)) or ()
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*_WANTED, *weights]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{HUB}{repository} cannot be fetched: {_first_line(error)}") from error
 
