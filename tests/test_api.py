@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ import imglish
 from imglish.checkpoints import native
 from imglish.data.batch import TextBatch
 from imglish.data.images import ImageError
+from imglish.data.pictures import stack
 from imglish.data.tokenizers import Tokenizer
 from imglish.models import registry
 from imglish.models.capabilities import MissingCapabilityError
+from imglish.models.heads import HeadConfig, with_head
 
 TEXTS = ["a red hat", "two blue shoes and a bag", "黑色上衣", "a hat"]
 
@@ -104,6 +107,58 @@ def test_a_model_without_fusion_ranks_by_towers(tmp_path: Path, photos: list[Pat
     assert clip.rank("a hat", photos)[0].match is None
     with pytest.raises(MissingCapabilityError, match="albef"):
         clip.match(photos, TEXTS)
+
+
+def with_task(folder: Path, name: str, head: HeadConfig) -> imglish.Model:
+    torch.manual_seed(1)
+    words = Tokenizer.train_wordpiece(TEXTS, 80, append_sep=True, max_length=16)
+    config: Any = registry.named(name)
+    if hasattr(config, "vocab_size"):
+        config = dataclasses.replace(config, vocab_size=words.vocab_size)
+    model = with_head(registry.build(config), head)
+    with torch.no_grad():
+        for parameter in (dict(model.named_parameters())[name] for name in model.head_parameters()):
+            parameter.normal_(0, 0.5)
+    meta = {"recipe": {"data": {"clean": "albef", "max_words": 3}}}
+    return imglish.load(native.export(folder / name, model, words if head.texts else None, meta))
+
+
+def test_answers(tmp_path: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to the classes of the model itself over texts cleaned as in training, whatever the blocks."""
+    head = HeadConfig("nlvr2", classes=("false", "true", "no idea"), pictures=2)
+    model = with_task(tmp_path, "albef-tiny", head)
+    pairs, texts = [photos[:2], photos[2:4], [photos[4], photos[0]]], ["A hat!", "two blue shoes and a bag", "red"]
+    found = model.answer(pairs, texts)
+    cleaned = model.tokenizer.encode(["a hat", "two blue shoes", "red"])
+    images = [stack([model._pixels(pair[n]) for pair in pairs]) for n in (0, 1)]
+    with torch.no_grad():
+        chances = model.network.classify(images, TextBatch.of(cleaned)).softmax(1)  # type: ignore[operator]
+    for said, chance in zip(found, chances, strict=True):
+        assert [one.text for one in said] == [head.classes[i] for i in chance.argsort(descending=True)]
+        torch.testing.assert_close(torch.tensor([one.probability for one in said]), chance.sort(descending=True)[0])
+    monkeypatch.setattr("imglish.api.BATCH", 2)
+    for said, again in zip(found, model.answer(pairs, texts), strict=True):
+        assert [one.text for one in said] == [one.text for one in again]
+    with pytest.raises(ValueError, match="1 pictures at place 1: the task has 2"):
+        model.answer([photos[:2], photos[0]], ["a", "b"])
+    with pytest.raises(ValueError, match="1 times pictures for 2 texts"):
+        model.answer([photos[:2]], ["a", "b"])
+    with pytest.raises(TypeError, match="a model for nlvr2 takes texts"):
+        model.answer([photos[:2]])
+    with pytest.raises(TypeError, match="expected lists"):
+        model.answer([photos[:2]], "a hat")
+
+
+def test_answers_about_pictures_alone_and_written_ones(tmp_path: Path, photos: list[Path]) -> None:
+    model = with_task(tmp_path, "beit-tiny", HeadConfig("classification", classes=tuple("abcdefg"), texts=False))
+    found = model.answer(photos)
+    assert [len(said) for said in found] == [5] * 5
+    assert all(said[0].probability >= said[1].probability for said in found)
+    with pytest.raises(TypeError, match="a model for classification takes pictures alone"):
+        model.answer(photos, ["x"] * 5)
+    writer = with_task(tmp_path, "albef-tiny", HeadConfig("vqa", "answers", ("a red hat", "blue shoes"), start=2))
+    said = writer.answer(photos[:1], ["what?"])[0]
+    assert {one.text for one in said} == {"a red hat", "blue shoes"}
 
 
 def test_mistakes_have_messages(albef: imglish.Model, photos: list[Path], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imglish.api import Caption, Found, Gallery, GenerationConfig, Model, load
+    from imglish.api import Answer, Caption, Found, Gallery, GenerationConfig, Model, load
 
 # Packed rows give matrix products new sizes in every step. On CPUs torch and, below it, oneDNN keep the code that they
 # compiled for the last 1,024 sizes each, about half a MiB a size, although few ever come back (docs/train.md).
@@ -14,7 +14,7 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 __version__ = "0.1.0"
-__all__ = ["Caption", "Found", "Gallery", "GenerationConfig", "Model", "__version__", "load"]
+__all__ = ["Answer", "Caption", "Found", "Gallery", "GenerationConfig", "Model", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,11 @@ A model that writes captions (BLIP, CoCa) also says what it sees:
 
 >>> [[caption]] = model.caption(["photos/dog.jpg"])
 >>> print(caption.text)
+
+One with a head for a task (VQA, NLVR2, visual entailment, classes of pictures) answers:
+
+>>> [best, *others] = model.answer(["photos/dog.jpg"], ["what is in the snow?"])[0]
+>>> print(best.text, best.probability)
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -32,6 +37,7 @@ from imglish.data.pictures import picture_of, stack
 from imglish.data.regions import Regions
 from imglish.data.tokenizers import Tokenizer
 from imglish.evaluation.explain import Explanation, explain
+from imglish.evaluation.tasks.answering import answerer, questions
 from imglish.generation.config import CAPTIONS
 from imglish.generation.config import GenerationConfig as GenerationConfig
 from imglish.generation.engine import Caption as Caption
@@ -41,11 +47,13 @@ from imglish.models.capabilities import (
     EncodesImages,
     EncodesTexts,
     Matches,
+    MissingCapabilityError,
     has_towers,
     image_encoder,
     require,
     text_encoder,
 )
+from imglish.models.heads import TaskModel
 from imglish.nn.segments import Ragged
 
 Picture = str | Path | bytes | Image.Image | Regions
@@ -83,6 +91,13 @@ class Found:
     def score(self) -> float:
         """The match probability where there is one, else the cosine."""
         return self.cosine if self.match is None else self.match
+
+
+class Answer(NamedTuple):
+    """What a task model says; probability: of a class (with soft labels each has one of its own), or of a text."""
+
+    text: str
+    probability: float
 
 
 class Model:
@@ -141,7 +156,7 @@ class Model:
 
     def gallery(self, pictures: Sequence[Picture], keep_tokens: bool = True) -> Gallery:
         """Encode pictures once, to rank them for many texts; ``keep_tokens``: also what reranking needs."""
-        if isinstance(pictures, (str, Path, bytes, Image.Image)):
+        if isinstance(pictures, Picture):
             raise TypeError("expected a list of pictures, not one picture")
         encode = image_encoder(self.network, "a gallery")
         features, tokens = [], []
@@ -217,7 +232,7 @@ class Model:
     ) -> Iterator[Captioned[Picture]]:
         """Like :meth:`caption`, picture by picture as soon as its ``block`` is done; one that cannot be read comes with
         its ``problem`` in place of captions. precision: "float32" or "bfloat16" (autocast)."""
-        if isinstance(pictures, (str, Path, bytes, Image.Image)):
+        if isinstance(pictures, Picture):
             raise TypeError("expected a list of pictures, not one picture")
         half = precision == "bfloat16"
         return captions_of(
@@ -231,6 +246,43 @@ class Model:
             block=block,
             arithmetic=lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=half),
         )
+
+    def answer(
+        self, pictures: Sequence[Picture | Sequence[Picture]], texts: Sequence[str] | None = None
+    ) -> list[list[Answer]]:
+        """What a model with a head for a task says, at most five answers each, best first.
+
+        pictures: one for each text, or as many as the task has (NLVR2: two); texts: questions, statements or
+        hypotheses, None for a classifier of pictures. A model that writes answers chooses among its candidates. Raises
+        ``MissingCapabilityError`` for a model without such a head, ``ImageError`` for a picture that cannot be read.
+        """
+        model: Any = self.network
+        if not isinstance(model, TaskModel):
+            raise MissingCapabilityError(
+                "answer needs a model with a head for a task; imglish finetune puts one on, released ones for VQA, "
+                "NLVR2, visual entailment and ImageNet have one"
+            )
+        if (texts is not None) != model.head.texts:
+            raise TypeError(f"a model for {model.head.task} takes {'texts' if model.head.texts else 'pictures alone'}")
+        if isinstance(texts, str) or isinstance(pictures, Picture):
+            raise TypeError("expected lists of pictures and of texts, not one of them")
+        shown = [[some] if isinstance(some, Picture) else list(some) for some in pictures]
+        if wrong := [number for number, some in enumerate(shown) if len(some) != model.head.pictures]:
+            raise ValueError(f"{len(shown[wrong[0]])} pictures at place {wrong[0]}: the task has {model.head.pictures}")
+        asked = [""] * len(shown) if texts is None else list(texts)
+        if len(asked) != len(shown):
+            raise ValueError(f"{len(shown)} times pictures for {len(asked)} texts")
+        words = None if texts is None else questions(self.tokenizer, self.meta.get("recipe", {}).get("data", {}))
+        say, found = answerer(model, self._words), []
+        for low in range(0, len(shown), BATCH):
+            some = slice(low, low + BATCH)
+            columns = zip(*([self._pixels(picture) for picture in pair] for pair in shown[some]), strict=True)
+            ids = [[] for _ in asked[some]] if words is None else words.encode(asked[some])
+            with torch.no_grad():
+                images = [stack(column).to(self.device) for column in columns]
+                said = say(model, images, TextBatch.of(ids).to(self.device))
+            found += [[Answer(*one) for one in each] for each in said]
+        return found
 
     def explain(self, picture: Picture, text: str, layer: int | None = None) -> Explanation:
         """Where in the picture the model finds the text and each of its words: see :mod:`imglish.evaluation.explain`.

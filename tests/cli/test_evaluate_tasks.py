@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from imglish.checkpoints import native
 from imglish.cli import main
 from imglish.data.tokenizers import Tokenizer
 from imglish.models import registry
+from imglish.models.heads import HeadConfig, with_head
+from tests.training.support import COLOURS, records
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +128,44 @@ def test_grounding(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "map of the words" not in capsys.readouterr().out
     assert main([*arguments, "--layer", "5", "--out", str(tmp_path)]) == 2
     assert "fusion layers 0 to 1" in capsys.readouterr().err
+
+
+def test_classification(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model with 30 classes, of which the data show four: the table has the lowest, the JSON all."""
+    torch.manual_seed(0)
+    names = tuple(sorted({*"abcdefghijklmnopqrstuvwxyz", *COLOURS}))
+    head = HeadConfig("classification", classes=names, texts=False)
+    model: Any = with_head(registry.build(registry.named("beit-tiny")), head)
+    torch.nn.init.normal_(model.inner.head.weight)
+    path = native.export(tmp_path / "model", model, None)
+    for number, record in enumerate(records(48)):
+        assert isinstance(record.image, bytes)
+        label = list(COLOURS)[number % 4] if number < 8 else names[number % 22]
+        (tmp_path / "data" / "val" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "val" / label / f"{number}.png").write_bytes(record.image)
+    out = tmp_path / "out"
+    command = ["eval", "classification", "--model", str(path), "--data", str(tmp_path / "data"), "--split", "val"]
+    assert main([*command, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((out / "classification.json").read_text())
+    lines = (out / "predictions.jsonl").read_text().splitlines()[1:]
+    said = {entry["key"]: entry["answers"][0][0] for entry in map(json.loads, lines)}
+    right = [said[key] == key.split("/")[0] for key in said]
+    assert len(said) == found["examples"] == 48
+    assert any(right)
+    assert found["metrics"]["accuracy"] == pytest.approx(100 * sum(right) / 48)
+    assert found["metrics"]["mean recall"] == pytest.approx(np.mean(list(found["groups"].values())))
+    assert len(found["groups"]) == 23
+    assert printed.count("\nmodel, ") == 20
+    assert "the 20 lowest of 23 groups are shown, the JSON has all" in printed
+    (tmp_path / "data" / "other").mkdir()
+    (tmp_path / "data" / "val" / "red").rename(tmp_path / "data" / "other" / "crimson")
+    assert main([*command[:-2], "--split", "other", "--out", str(tmp_path / "o")]) == 2
+    assert "no example has an answer among the model's 30, which are a, b, blue, ...; the examples' are crimson" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        main([*command, "--exchange-pictures"])
 
 
 def test_linear_probe(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,12 +77,11 @@ def answers(arguments: argparse.Namespace) -> int:
     from imglish.evaluation.encoding import Machine
     from imglish.evaluation.exchanging import EXCHANGED, exchanged
     from imglish.evaluation.tasks import TASKS as KNOWN
-    from imglish.evaluation.tasks.answering import answerer
+    from imglish.evaluation.tasks.answering import answerer, questions
     from imglish.evaluation.tasks.report import task_report
     from imglish.evaluation.tasks.run import evaluate_task
     from imglish.models.heads import TaskModel, families
     from imglish.objectives.gather import rank
-    from imglish.training.finetuning import cleaning
     from imglish.training.ranks import pick_device, process_group
 
     task = KNOWN[arguments.job]
@@ -112,9 +111,7 @@ def answers(arguments: argparse.Namespace) -> int:
             shown = exchanged([example.images for example in examples], exchange)
             examples = [replace(example, images=images) for example, images in zip(examples, shown, strict=True)]
         trained = loaded.meta.get("recipe", {}).get("data", {})
-        words = None
-        if task.texts:
-            words = cleaning(loaded.tokenizer, trained.get("clean", "none"), trained.get("max_words", 50))
+        words = questions(loaded.tokenizer, trained) if task.texts else None
         machine = Machine(image_block=arguments.batch, precision=arguments.precision)
         result = evaluate_task(
             model.to(device),

@@ -272,17 +272,14 @@ def _opened(arguments: argparse.Namespace) -> tuple[Loaded, Any, Machine, Any]:
 
 def _cleaning(loaded: Loaded) -> Encodes:
     """The tokenizer, behind the clean-up of captions that the model was trained with."""
+    from functools import partial
+
     from imglish.data.text import clean_caption
+    from imglish.evaluation.encoding import Cleaned
 
     trained = loaded.meta.get("recipe", {}).get("data", {})
-    style, most = trained.get("clean", "none"), trained.get("max_words", 30)
-    tokenizer = loaded.tokenizer
-
-    class Cleaning:
-        def encode(self, texts: list[str]) -> list[list[int]]:
-            return tokenizer.encode(texts if style == "none" else [clean_caption(text, most, style) for text in texts])
-
-    return Cleaning()
+    clean = partial(clean_caption, max_words=trained.get("max_words", 30), style=trained.get("clean", "none"))
+    return Cleaned(loaded.tokenizer, clean)
 
 
 def _deliver(arguments: argparse.Namespace, result: Any, report: Callable[[], Report]) -> None:

@@ -34,6 +34,17 @@ class Encodes(Protocol):
 
 
 @dataclass(frozen=True)
+class Cleaned:
+    """A tokenizer behind the clean-up of texts that a model was trained with."""
+
+    tokenizer: Encodes
+    clean: Callable[[str], str]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer.encode([self.clean(text) for text in texts])
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where and how an evaluation computes.
 

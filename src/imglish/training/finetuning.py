@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ from imglish.data.loader import Position
 from imglish.data.records import Record
 from imglish.data.tasks.dataset import Label, TaskDataset
 from imglish.data.tasks.examples import Example, TaskData, hold_out
-from imglish.data.text import clean_question
-from imglish.evaluation.encoding import Encodes, Machine
+from imglish.evaluation.encoding import Machine
 from imglish.evaluation.tasks import TASKS
-from imglish.evaluation.tasks.answering import answer_ids, answerer
+from imglish.evaluation.tasks.answering import answer_ids, answerer, questions
 from imglish.evaluation.tasks.base import frequent
 from imglish.evaluation.tasks.run import TaskResult, evaluate_task, out_of_reach
 from imglish.models.capabilities import MissingCapabilityError
@@ -213,8 +213,7 @@ class TaskWork:
         """The task's metric on what is held out, by all ranks together."""
         precision = "bfloat16" if self.recipe.compute.precision == "bf16" else "float32"
         machine = Machine(precision=precision, progress=False)
-        data = self.recipe.data
-        words = cleaning(self.materials.tokenizer, data.clean, data.max_words) if self.task.texts else None
+        words = questions(self.materials.tokenizer, asdict(self.recipe.data)) if self.task.texts else None
         answer = answerer(model, self.materials.words)
         self.last = evaluate_task(model, words, self.task, self.held_out, machine, answer=answer)
         name, score = next(iter(self.last.metrics.items()))
@@ -225,16 +224,6 @@ class TaskWork:
         from imglish.evaluation.tasks.report import add_course
 
         return partial(add_course, task=self.task, last=self.last, examples=self.held_out, notes=self.notes)
-
-
-def cleaning(tokenizer: Encodes, style: Any, most: int) -> Encodes:
-    """``tokenizer`` behind the clean-up of questions that the model was trained with."""
-
-    class Cleaning:
-        def encode(self, texts: list[str]) -> list[list[int]]:
-            return tokenizer.encode([clean_question(text, most, style) for text in texts])
-
-    return Cleaning()
 
 
 def read_answers(path: Path) -> tuple[str, ...]:

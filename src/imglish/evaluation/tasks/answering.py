@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from imglish.data.batch import TextBatch
+from imglish.data.text import clean_question
+from imglish.evaluation.encoding import Cleaned, Encodes
 from imglish.evaluation.tasks.run import SHOWN, Answerer, classes
 from imglish.generation.config import GenerationConfig
 from imglish.generation.engine import Vocabulary, generate
@@ -14,6 +17,12 @@ from imglish.models.answering import BY_PROBABILITY, RankRule
 from imglish.models.capabilities import Answers, EncodedImages
 
 How = Literal["ranked", "generated"]
+
+
+def questions(tokenizer: Encodes, trained: Mapping[str, Any]) -> Cleaned:
+    """``tokenizer`` behind the clean-up of questions that ``trained`` states, the ``data`` of a recipe."""
+    most, style = trained.get("max_words", 50), trained.get("clean", "none")
+    return Cleaned(tokenizer, partial(clean_question, max_words=most, style=style))
 
 
 def answerer(
