@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import imglish
-from imglish.checkpoints import native
+from imglish.checkpoints import beit, native
 from imglish.data.batch import TextBatch
 from imglish.data.images import ImageError
 from imglish.data.pictures import stack
@@ -151,6 +151,11 @@ def test_answers(tmp_path: Path, photos: list[Path], monkeypatch: pytest.MonkeyP
 
 def test_answers_about_pictures_alone_and_written_ones(tmp_path: Path, photos: list[Path]) -> None:
     model = with_task(tmp_path, "beit-tiny", HeadConfig("classification", classes=tuple("abcdefg"), texts=False))
+    weights = beit.classifier_table().revert(model.network.inner.state_dict())
+    torch.save({"model": weights}, tmp_path / "beit.pth")
+    (tmp_path / "names.json").write_text('["u", "v", "w", "x", "y", "z", "a"]')
+    named = imglish.load(tmp_path / "beit.pth", classes=tmp_path / "names.json")
+    assert named.answer(photos)[0][0].text in "uvwxyza"
     found = model.answer(photos)
     assert [len(said) for said in found] == [5] * 5
     assert all(said[0].probability >= said[1].probability for said in found)

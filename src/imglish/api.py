@@ -361,12 +361,14 @@ def load(
     revision: str | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
+    classes: str | Path | None = None,
 ) -> Model:
     """The model called ``name``: a folder that ``imglish train`` or ``imglish convert`` wrote, a released checkpoint of
     the family (a file, or a folder of transformers or open_clip), or ``hf:OWNER/NAME`` on the hub.
 
     device: default, a GPU where there is one; tokenizer: its file, for released weights that have none beside them;
     revision: on the hub; image_size, max_length: other sizes than the model was trained with, positions are fitted by
-    the rule of its family. Raises ``CheckpointError``, which names the file and what is wrong with it.
+    the rule of its family; classes: a JSON file with the names of a released task model's answers. Raises
+    ``CheckpointError``, which names the file and what is wrong with it.
     """
-    return Model(load_any(name, tokenizer, revision, image_size, max_length), device)
+    return Model(load_any(name, tokenizer, revision, image_size, max_length, classes), device)
