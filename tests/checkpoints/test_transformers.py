@@ -379,11 +379,13 @@ def test_pictures_are_prepared_as_the_files_say(tmp_path: Path) -> None:
 )
 def test_what_is_cut_out_of_a_picture(cut: Any, resize: str, crop: float, tmp_path: Path) -> None:
     """As their image processor does it, up to the rounding of one resize in place of resize and cut."""
-    saved("BeitForImageClassification", tmp_path)
+    saved("CLIPModel", tmp_path)
     said = {"do_center_crop": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, **cut}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
-    image = load_foreign(tmp_path).config.image
+    loaded = load_foreign(tmp_path)
+    image = loaded.config.image
     assert (image.resize, image.crop) == (resize, crop)
+    assert load_foreign(export_transformers(tmp_path / "ours", loaded)[0]).config == loaded.config
     picture = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).convert("RGB")
     shown = image.transform()(picture)
     size = cut["size"] if isinstance(cut["size"], dict) else {"shortest_edge": cut["size"]}

@@ -271,8 +271,10 @@ def _preprocessor(image: Any) -> dict[str, Any]:
         size = {"shortest_edge": image.size}
         return made | {"image_processor_type": "ViltImageProcessor", "size": size, "size_divisor": image.patch}
     sides = {"height": image.size, "width": image.size}
-    if image.resize == "center":
-        crop = {"do_center_crop": True, "crop_size": sides, "size": {"shortest_edge": image.size}}
+    if image.resize == "center" or image.crop < 1:
+        whole = round(image.size / image.crop)
+        size = {"shortest_edge": whole} if image.resize == "center" else {"height": whole, "width": whole}
+        crop = {"do_center_crop": True, "crop_size": sides, "size": size}
         return made | crop | {"image_processor_type": "CLIPImageProcessor"}
     return made | {"image_processor_type": "BlipImageProcessor", "size": sides}
 
