@@ -90,9 +90,15 @@ def test_loading_does_not_wake_the_compiler(tmp_path: Path) -> None:
     native.export(tmp_path / "own", saved.network, saved.tokenizer)
     program = """
 import sys, imglish
+from imglish.checkpoints.drawing import undrawn
+from imglish.models import registry
 for path in sys.argv[1:]:
     imglish.load(path, device="cpu")
     assert "torch._dynamo" not in sys.modules, path
+for name in ("clip-rn50", "siglip-b-16", "vilt-tiny", "vlmo-tiny", "beit-tiny", "beit3-tiny"):
+    with undrawn():
+        registry.named(name).build()
+    assert "torch._dynamo" not in sys.modules, name
 """
     paths = [tmp_path / "own", tmp_path / "albef" / "albef.pth", tmp_path / "clip" / "clip.pth", tmp_path / "coca"]
     subprocess.run([sys.executable, "-c", program, *map(str, paths)], check=True)

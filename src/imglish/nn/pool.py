@@ -20,7 +20,7 @@ class LatentPool(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, norm_eps: float, activation: Activation = "gelu") -> None:
         super().__init__()
         self.heads = heads
-        self.latent = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.latent = nn.Parameter(torch.empty(width).normal_(std=width**-0.5))
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
@@ -47,7 +47,7 @@ class QueryPool(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.heads = heads
-        self.queries = nn.Parameter(torch.randn(queries, width))
+        self.queries = nn.Parameter(torch.empty(queries, width).normal_())
         self.norm_queries = nn.LayerNorm(width, eps=norm_eps)
         self.norm_tokens = nn.LayerNorm(memory_width, eps=norm_eps)
         self.q = nn.Linear(width, width)

@@ -50,7 +50,7 @@ class AttentionPool(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} of the last feature map is not a multiple of {heads} heads")
         self.heads = heads
-        self.positions = nn.Parameter(torch.randn(cells + 1, width) * width**-0.5)
+        self.positions = nn.Parameter(torch.empty(cells + 1, width).normal_(std=width**-0.5))
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, outputs)
