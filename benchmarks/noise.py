@@ -1,6 +1,6 @@
 """Does bootstrapping help? Trainings on noisy captions, in one command that can be stopped and started again.
 
-    python -m benchmarks.noise scenes --out runs/noise       # every arm at 0, 25 and 50 % noise, three seeds
+    python -m benchmarks.noise scenes --out runs/noise       # every arm at 0, 25 and 50 % noise, five seeds
     python -m benchmarks.noise flickr --out runs/noise       # Flickr8k with shuffled captions, filter against truth
     python -m benchmarks.noise report --out runs/noise --plot docs/images/noise.svg
 
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("scenes", "flickr", "report"))
     parser.add_argument("--out", type=Path, default=Path("runs/noise"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rates", type=int, nargs="+", default=[0, 25, 50], help="percent of noisy captions")
     parser.add_argument("--steps", type=int, default=noise_scenes.STEPS, help="of every training of scenes")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/flickr8k"), help="folder of Flickr8k")

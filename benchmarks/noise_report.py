@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +82,22 @@ def _differences(rows: list[dict[str, Any]], rates: list[int]) -> str:
 
 
 def _filters(rows: list[dict[str, Any]], rates: list[int]) -> str:
-    facts: dict[str, Callable[[dict[str, Any]], float | None]] = {
-        "web kept %": lambda found: found["web kept"],
-        **{f"ITM AUC, {kind}": lambda found, kind=kind: found.get(f"itm {kind}") for kind in ("any", *KINDS)},  # type: ignore[misc]
-        "ITC AUC, any": lambda found: found.get("itc any"),
-        "synthetic kept %": lambda found: found["synthetic kept"],
-        "synthetic true %": lambda found: found["synthetic true"],
-        "true after filter %": lambda found: found["kept synthetic true"],
+    facts = {
+        "web kept %": ("web kept", 100.0),
+        "noise among kept %": ("noise kept", 100.0),
+        "noise among dropped %": ("noise dropped", 100.0),
+        "words of a web text, kept": ("words kept", 1.0),
+        "words of a web text, dropped": ("words dropped", 1.0),
+        **{f"ITM AUC, {kind}": (f"itm {kind}", 100.0) for kind in ("any", *KINDS)},
+        "ITC AUC, any": ("itc any", 100.0),
+        "synthetic kept %": ("synthetic kept", 100.0),
+        "synthetic true %": ("synthetic true", 100.0),
+        "true after filter %": ("kept synthetic true", 100.0),
     }
     lines = []
-    for name, fact in facts.items():
-        cells = [[v for r in rows if r["rate"] == rate and (v := fact(r["filter"])) is not None] for rate in rates]
-        lines.append([name, *(spread(values, 100) for values in cells)])
+    for title, (name, scale) in facts.items():
+        cells = [[v for r in rows if r["rate"] == rate and (v := r["filter"].get(name)) is not None] for rate in rates]
+        lines.append([title, *(spread(values, scale) for values in cells)])
     return table(["filter at 0.5", *(f"{rate} % noise" for rate in rates)], lines)
 
 

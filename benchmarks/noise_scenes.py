@@ -278,5 +278,9 @@ def quality_of(scores: Path, source: SceneSource) -> dict[str, Any]:
         }
     kept = itm >= 0.5
     found |= {"web kept": float(kept[web].mean()), "synthetic kept": float(kept[~web].mean())}
+    words = np.array([len(text.split()) for text in table["text"].to_pylist()])
+    for name, chosen in (("kept", web & kept), ("dropped", web & ~kept)):
+        found[f"noise {name}"] = float((noise[chosen] != "").mean()) if chosen.any() else None
+        found[f"words {name}"] = float(words[chosen].mean()) if chosen.any() else None
     found["kept synthetic true"] = float(good[~web & kept].mean()) if (~web & kept).any() else None
     return found
