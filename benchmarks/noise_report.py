@@ -70,14 +70,16 @@ def _differences(rows: list[dict[str, Any]], rates: list[int]) -> str:
     lines = []
     for rate in rates:
         for arm, other in pairs:
+            both = [(found.get((rate, arm, seed)), found.get((rate, other, seed))) for seed in seeds]
             gains = [
-                [MEASURES[name][1] * (found[rate, arm, seed][name] - found[rate, other, seed][name]) for seed in seeds]
-                for name in ("recall", "itm other")
-                if all((rate, one, seed) in found for one in (arm, other) for seed in seeds)
+                [MEASURES[name][1] * (one[name] - base[name]) for name in ("recall", "itm other")]
+                if one and base
+                else []
+                for one, base in both
             ]
-            if gains:
-                cells = [" / ".join(f"{gain:+.1f}" for gain in both) for both in zip(*gains, strict=True)]
-                lines.append([f"{rate} %", f"{arm} – {other}", *cells, " / ".join(f"{np.mean(g):+.1f}" for g in gains)])
+            mean = np.mean([gain for gain in gains if gain], axis=0).tolist() if any(gains) else []
+            cells = [" / ".join(f"{value:+.1f}" for value in gain) or "–" for gain in (*gains, mean)]
+            lines.append([f"{rate} %", f"{arm} – {other}", *cells])
     return table(["noise", "recall / ITM AUC, points", *(f"seed {seed}" for seed in seeds), "mean"], lines)
 
 
