@@ -195,7 +195,7 @@ def test_pairs_in_any_order_and_number() -> None:
 
 def test_wrong_sizes_are_refused() -> None:
     model = vlmo_tiny().build()
-    with pytest.raises(ValueError, match="48 pixels"):
+    with pytest.raises(ValueError, match="pictures of 64 x 64 pixels: resize them to 48 x 48"):
         model.encode_images(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError, match="49 tokens"):
         model.encode_texts(TextBatch.of([[1] * 49]))

@@ -58,21 +58,13 @@ class BeitBody(nn.Module):
     def __init__(self, config: BeitConfig, own_tables: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config.patch, config.width, config.image.mean, config.image.std)
+        image = config.image
+        self.patch_embed = PatchEmbed(config.patch, config.width, image.mean, image.std, size=image.size)
         self.class_token = nn.Parameter(torch.zeros(config.width))
         count = config.depth if own_tables else 1
         tables = [RelativeBias(config.grid, 0, config.heads, layers=1) for _ in range(count)]
         self.relative = nn.ModuleList(tables) if own_tables else tables[0]
         self.blocks = nn.ModuleList(config.block(layer).build() for layer in range(config.depth))
-
-    def patches(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` uint8 or normalised -> patch embeddings ``(B, P, D)``."""
-        patches: Tensor = self.patch_embed(images)
-        if patches.shape[1] != self.config.grid**2:
-            raise ValueError(
-                f"pictures give {patches.shape[1]} patches: resize them to {self.config.image.size} pixels"
-            )
-        return patches
 
     def rows(self, patches: Tensor) -> tuple[Tensor, Packing]:
         """Input rows ``(T, D)`` of pictures of patches ``(B, P, D)``, class token first, and their packing."""
@@ -121,7 +113,7 @@ class Beit(BeitBody):
 
     def embed(self, images: Tensor, masked: PatchMasks | None = None) -> tuple[Tensor, Packing]:
         """Input rows ``(T, D)`` of the pictures, masked patches replaced by the mask token, and their packing."""
-        patches = self.patches(images)
+        patches = self.patch_embed(images)
         return self.rows(patches if masked is None else replace_patches(patches, masked, self.mask_token))
 
     # ---- training -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ class BeitClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> logits ``(B, classes)``."""
-        states = self.body.transform(*self.body.rows(self.body.patches(images))).unflatten(0, (len(images), -1))
+        states = self.body.transform(*self.body.rows(self.body.patch_embed(images))).unflatten(0, (len(images), -1))
         logits: Tensor = self.head(self.norm(states[:, 1:].mean(1)))
         return logits
 

@@ -45,7 +45,8 @@ class Multiway(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.patch_embed = PatchEmbed(config.patch, width, config.image.mean, config.image.std)
+        image = config.image
+        self.patch_embed = PatchEmbed(config.patch, width, image.mean, image.std, size=image.size)
         self.class_token = nn.Parameter(torch.zeros(width))
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.words = nn.Embedding(config.vocab_size, width)
@@ -60,10 +61,6 @@ class Multiway(nn.Module):
     def picture_rows(self, images: Tensor, masked: PatchMasks | None = None) -> Tensor:
         """``(B, 3, H, W)`` uint8 or normalised -> ``(B, L, D)``, class token first; ``masked`` patches hidden."""
         patches = self.patch_embed(images)
-        if patches.shape[1] != self.config.grid**2:
-            raise ValueError(
-                f"pictures give {patches.shape[1]} patches: resize them to {self.config.image.size} pixels"
-            )
         if masked is not None:
             patches = replace_patches(patches, masked, self.mask_token)
         head = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)

@@ -82,7 +82,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"image size {config.image.size} is not a multiple of patch size {config.patch}")
         self.config = config
         width = config.width
-        self.patch_embed = PatchEmbed(config.patch, width, config.image.mean, config.image.std, bias=config.patch_bias)
+        image = config.image
+        self.patch_embed = PatchEmbed(config.patch, width, image.mean, image.std, config.patch_bias, image.size)
         self.class_token = nn.Parameter(torch.zeros(width)) if config.class_token else None
         self.positions = nn.Parameter(torch.zeros(config.tokens, width))
         self.norm_before = nn.LayerNorm(width, eps=config.norm_eps) if config.norm_before else nn.Identity()
@@ -106,11 +107,6 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)
         if self.class_token is not None:
             x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
-        if x.shape[1] != self.positions.shape[0]:
-            raise ValueError(
-                f"pictures give {x.shape[1]} tokens, the model has {self.positions.shape[0]} positions: "
-                f"resize them to {self.config.image.size} pixels"
-            )
         x = x + self.positions
         out: Tensor = self.norm_before(x)
         return out

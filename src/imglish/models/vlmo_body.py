@@ -60,7 +60,8 @@ class VlmoBody(nn.Module):
         super().__init__()
         self.config = config
         width, relative = config.width, config.positions == "relative"
-        self.patch_embed = PatchEmbed(config.patch, width, config.image.mean, config.image.std)
+        image = config.image
+        self.patch_embed = PatchEmbed(config.patch, width, image.mean, image.std, size=image.size)
         self.class_token = nn.Parameter(torch.zeros(width))
         self.positions = None if relative else nn.Parameter(torch.zeros(config.tokens, width))
         self.embedding = BertEmbedding(
@@ -95,11 +96,6 @@ class VlmoBody(nn.Module):
         """``(B, 3, H, W)`` uint8 or normalised -> ``(B, L, D)``, class token first. kind: their token type."""
         x = self.patch_embed(images)
         x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
-        if x.shape[1] != self.config.tokens:
-            raise ValueError(
-                f"pictures give {x.shape[1]} tokens, the model takes {self.config.tokens}: "
-                f"resize them to {self.config.image.size} pixels"
-            )
         if self.positions is not None:
             x = x + self.positions
         return x + self.types.weight[kind]

@@ -18,15 +18,24 @@ from imglish.nn.segments import upload_floats, upload_index
 class PatchEmbed(nn.Module):
     """Non-overlapping patches to vectors (Dosovitskiy et al. 2021, equation 1), as one matrix product.
 
-    uint8 pictures are normalised here, on their device: ``(pixel / 255 - mean) / std``; floats pass as they are.
+    uint8 pictures are normalised here, on their device: ``(pixel / 255 - mean) / std``; floats pass as they are. size:
+    pixels a side that all pictures must have (None: any multiple of the patch).
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, patch: int, width: int, mean: Sequence[float], std: Sequence[float], bias: bool = True) -> None:
+    def __init__(
+        self,
+        patch: int,
+        width: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        bias: bool = True,
+        size: int | None = None,
+    ) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, self.size = patch, size
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1) * 255, persistent=False)
@@ -41,6 +50,9 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, h * w, width)``; H and W must be multiples of the patch."""
         p = self.patch
+        if self.size is not None and images.shape[2:] != (self.size, self.size):
+            high, wide = images.shape[2:]
+            raise ValueError(f"pictures of {wide} x {high} pixels: resize them to {self.size} x {self.size}")
         if images.shape[2] % p or images.shape[3] % p:
             raise ValueError(f"picture of {tuple(images.shape[2:])} pixels does not divide into {p}-pixel patches")
         pixels = normalise(images, self.mean, self.std, self.weight.dtype)
