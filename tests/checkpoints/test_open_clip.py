@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import string
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +11,12 @@ import torch
 
 from imglish.checkpoints import clip as openai
 from imglish.checkpoints import open_clip
+from imglish.checkpoints.foreign import load_foreign
+from imglish.checkpoints.native import CheckpointError
 from imglish.checkpoints.rules import ConversionError
 from imglish.models.clip import CONFIGS, ClipConfig, ResNetConfig
 from imglish.models.vit import VitConfig
+from tests.checkpoints import official
 
 MODEL: dict[str, Any] = {
     "embed_dim": 32,
@@ -69,6 +75,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("text_cfg.proj_type", "mlp"),
         ("multimodal_cfg", {"width": 4}),
         ("something_new", 3),
+        ("something_new", False),
+        ("vision_cfg.something_new", 0),
+        ("vision_cfg", None),
+        ("text_cfg.something_new", None),
+        ("text_cfg.tokenizer_mode", "syntax"),
     ],
 )
 def test_what_we_do_not_build_is_refused_by_name(path: str, value: Any) -> None:
@@ -183,3 +194,49 @@ def test_half_precision_files_become_float32() -> None:
     config = CONFIGS["clip-tiny"]()
     official = openai.table(config).revert(config.build().half().state_dict())
     assert {v.dtype for v in openai.convert(official, config).state.values()} == {torch.float32}
+
+
+def tiny(folder: Path, **changes: Any) -> Path:
+    """A random CLIP of open_clip in a folder, with a vocabulary; changes: of its text_cfg and preprocess_cfg."""
+    text = {"context_length": 12, "vocab_size": len(official.WORDS), "width": 64, "heads": 1, "layers": 1}
+    settings: dict[str, Any] = {
+        "model_cfg": {
+            "embed_dim": 32,
+            "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+            "text_cfg": text | changes.get("text_cfg", {}),
+        },
+        "preprocess_cfg": changes.get("preprocess_cfg", {}),
+    }
+    model = open_clip.config_from_json(settings["model_cfg"]).build()
+    weights = open_clip.table(model.config, custom_text=False).revert(model.state_dict())
+    folder.mkdir(exist_ok=True)
+    torch.save(weights, folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    (folder / "vocab.txt").write_text("\n".join(official.WORDS) + "\n")
+    return folder
+
+
+def test_texts_are_cleaned_as_the_settings_say(tmp_path: Path) -> None:
+    """``clean: canonicalize`` of SigLIP: lower case, no punctuation, underscores as spaces."""
+    plain = load_foreign(tiny(tmp_path / "plain")).tokenizer
+    kwargs = {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}}
+    cleaned = load_foreign(tiny(tmp_path / "cleaned", text_cfg=kwargs)).tokenizer
+    texts = ["A dog's, (in) the_snow!", "the  red\tdog.", "one-two"]
+    table = str.maketrans("", "", string.punctuation)
+    expected = [" ".join(text.replace("_", " ").translate(table).lower().split()) for text in texts]
+    assert cleaned.encode(texts) == plain.encode(expected) != plain.encode(texts)
+    for kwargs in ({"clean": "else"}, {"strip_sep_token": True}):
+        with pytest.raises(CheckpointError, match=r"text_cfg\.tokenizer_kwargs=.* is not supported"):
+            load_foreign(tiny(tmp_path / "other", text_cfg={"tokenizer_kwargs": kwargs}))
+    with pytest.raises(CheckpointError, match=r"ends texts with token 3, the settings of .* with 7"):
+        load_foreign(tiny(tmp_path / "ends", text_cfg={"pool_type": "eos", "eos_id": 7}))
+
+
+def test_pictures_are_prepared_as_the_settings_say(tmp_path: Path) -> None:
+    given = {"size": [32, 32], "mode": "RGB", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "fill_color": 0}
+    given |= {"interpolation": "bilinear", "resize_mode": "squash"}
+    image = load_foreign(tiny(tmp_path, preprocess_cfg=given)).config.image
+    assert (image.mean, image.resize, image.interpolation) == ((0.5, 0.4, 0.3), "squash", "bilinear")
+    for key, value in (("size", 48), ("mode", "L"), ("interpolation", "random"), ("resize_mode", "longest"), ("x", 1)):
+        with pytest.raises(CheckpointError, match=rf"{value}|has x, which is not known"):
+            load_foreign(tiny(tmp_path, preprocess_cfg=given | {key: value}))

@@ -241,10 +241,10 @@ LAYOUTS: dict[str, tuple[Callable[[], Any], Compute, str, int]] = {  # class -> 
 KINDS = {"ViltForImageAndTextRetrieval": "matching", "BlipForConditionalGeneration": "captioning"}
 
 
-def saved(cls: str, folder: Path) -> Any:
-    """A random model of theirs, written by save_pretrained with a vocabulary beside it."""
+def saved(cls: str, folder: Path, config: Any = None) -> Any:
+    """A random model of theirs (config: if not that of LAYOUTS), written by save_pretrained with a vocabulary."""
     torch.manual_seed(0)
-    config = LAYOUTS[cls][0]()
+    config = config or LAYOUTS[cls][0]()
     theirs = getattr(transformers, cls)(config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -258,7 +258,7 @@ def saved(cls: str, folder: Path) -> Any:
 
 
 def compare(cls: str, theirs: Any, loaded: Loaded) -> None:
-    side = LAYOUTS[cls][3]
+    side = loaded.config.image.size
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for name, (expected, found) in LAYOUTS[cls][1](theirs, loaded, images).items():

@@ -20,10 +20,10 @@ from imglish.checkpoints.drawing import drawn, undrawn
 from imglish.checkpoints.files import WeightFileError, read_weights
 from imglish.checkpoints.folders import read_folder, weight_files
 from imglish.checkpoints.formats import FORMATS, Format, Layout, Source
-from imglish.checkpoints.native import CheckpointError, Loaded, built
+from imglish.checkpoints.native import CheckpointError, Loaded, built, read_settings
 from imglish.checkpoints.preparing import with_picture
 from imglish.checkpoints.rules import ConversionError
-from imglish.data.tokenizers import Tokenizer, TokenizerError
+from imglish.checkpoints.wording import tokenizer_of
 from imglish.models import registry
 from imglish.models.heads import HeadConfig
 
@@ -33,7 +33,6 @@ _OPEN_CLIP = (
     "Sizes and activation of such a model stand in open_clip's model_configs/NAME.json: put that file beside it, as "
     "open_clip_config.json"
 )
-TOKENIZERS = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz", "beit3.spm")
 
 
 def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes: str | Path | None = None) -> Loaded:
@@ -57,12 +56,19 @@ def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes:
         inner = "inner." if head is not None else ""
         target = {key.removeprefix(inner): value for key, value in model.state_dict().items()}
         converted = form.convert(source.weights, target, config)
-    except (ConversionError, ValueError, TypeError, KeyError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from error
+    except (ConversionError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # settings of others can say anything
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{source.path} looks like {form.title}, but does not fit: {what}") from error
-    words = _tokenizer(source, form, config, tokenizer) if registry.reads_texts(config, head) else None
-    if head is not None and head.form == "answers" and words is not None:
-        head = replace(head, start=words.bos_id)
+    words = None
+    if registry.reads_texts(config, head):
+        words, fill = tokenizer_of(source, form, config, tokenizer)
+        if fill is not None:
+            config = replace(config, text=replace(config.text, pad_id=fill))
+        if head is not None and head.form == "answers":
+            head = replace(head, start=words.bos_id)
         with undrawn():
             model = built(config, head)
     state = {f"{inner}{key}": value for key, value in converted.state.items()}
@@ -105,7 +111,7 @@ def read_source(path: Path) -> Source:
             return _file(path)
         for name, layout in SETTINGS:
             if (path / name).is_file():
-                return Source(path, layout, read_folder(path), _settings(path / name))
+                return Source(path, layout, read_folder(path), read_settings(path / name))
         files = [file.name for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
     except (WeightFileError, OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
@@ -119,20 +125,10 @@ def _file(path: Path) -> Source:
     found = read_weights(path)
     for name, layout in SETTINGS:
         if (path.parent / name).is_file():
-            source = Source(path, layout, found.weights, _settings(path.parent / name))
+            source = Source(path, layout, found.weights, read_settings(path.parent / name))
             if _complete(source):
                 return source
     return Source(path, "file", found.weights, beside=found.beside)
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} holds no settings")
-    return found
 
 
 def recognise(source: Source) -> tuple[str, Format]:
@@ -177,27 +173,3 @@ def digest(path: Path) -> str:
             while chunk := stream.read(1 << 20):
                 made.update(chunk)
     return made.hexdigest()
-
-
-def _tokenizer(source: Source, form: Format, config: Any, given: str | Path | None) -> Tokenizer:
-    beside = [source.folder / name for name in TOKENIZERS if (source.folder / name).is_file()]
-    file = Path(given) if given is not None else beside[0] if beside else None
-    if file is None:
-        raise CheckpointError(
-            f"{source.path}: no tokenizer lies beside it ({', '.join(TOKENIZERS)}); name its file (tokenizer=...): "
-            "BERT's vocab.txt for ALBEF, BLIP and ViLT, bpe_simple_vocab_16e6.txt.gz for CLIP and CoCa, beit3.spm for "
-            "BEiT-3"
-        )
-    try:
-        words = Tokenizer.load(file, max_length=config.max_length, append_sep=form.closing)
-        words = words.with_special(form.special)
-    except (OSError, TokenizerError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    if words.kind == "sentences" and words.vocab_size < config.vocab_size:
-        words = words.filled_to(config.vocab_size)
-    if words.vocab_size != config.vocab_size:
-        raise CheckpointError(
-            f"{file} has {words.vocab_size} tokens, the model {config.vocab_size}: it is not the tokenizer of "
-            f"{source.path}"
-        )
-    return words

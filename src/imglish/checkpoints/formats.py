@@ -62,7 +62,8 @@ class Format:
     from sizes or settings; convert: weights, names and shapes of our model (or of what a task model has within), its
     configuration -> ours; head: of a task model; closing: its texts end with [SEP]; special: tokens that the family
     adds to its tokenizer; score_rule: how its authors rank pairs; model_type: in the settings of transformers, where
-    other models have the same names.
+    other models have the same names; end: number of the token that ends a text, by the settings; clean:
+    what is done to a text before it is cut into tokens, by the settings.
     """
 
     title: str
@@ -76,6 +77,8 @@ class Format:
     never: str | None = None
     head: Callable[[Source], HeadConfig] | None = None
     model_type: str | None = None
+    end: Callable[[Source], int | None] | None = None
+    clean: Callable[[Source], str | None] | None = None
 
     def lacks(self, source: Source) -> list[str]:
         """What keeps the source from being of this kind, in words."""
@@ -359,6 +362,7 @@ FORMATS: dict[str, Format] = {
         lambda theirs, _, config: hf_clip.convert(theirs, config),
         "itc",
         model_type="clip",
+        end=lambda s: hf_clip.closing(_json(s)),
     ),
     "hf-chinese-clip": Format(
         "Chinese-CLIP of transformers",
@@ -387,6 +391,7 @@ FORMATS: dict[str, Format] = {
         "itm",
         special=("[DEC]", "[ENC]"),
         model_type="blip",
+        end=lambda s: hf_blip.closing(_json(s)) if _some(s, r"text_decoder\.") else None,
     ),
     "hf-blip-vqa": Format(
         "BLIP of transformers, for VQA",
@@ -398,6 +403,7 @@ FORMATS: dict[str, Format] = {
         special=("[DEC]", "[ENC]"),
         head=_writes,
         model_type="blip",
+        end=lambda s: hf_blip.closing(_json(s)),
     ),
     "hf-blip-backbone": Format(
         "BLIP of transformers without heads",
@@ -455,6 +461,7 @@ FORMATS: dict[str, Format] = {
         lambda s: coca.config_from_json(_open_clip_model(s)),
         lambda theirs, _, config: coca.convert(theirs, config),
         "itc",
+        clean=lambda s: open_clip.cleaning(_open_clip_model(s)),
     ),
     "open_clip": Format(
         "CLIP or SigLIP of open_clip",
@@ -463,5 +470,7 @@ FORMATS: dict[str, Format] = {
         lambda s: open_clip.config_from_json(_open_clip_model(s)),
         lambda theirs, _, config: open_clip.convert(theirs, config),
         "itc",
+        clean=lambda s: open_clip.cleaning(_open_clip_model(s)),
+        end=lambda s: open_clip.closing(_open_clip_model(s)),
     ),
 }

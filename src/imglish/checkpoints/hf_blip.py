@@ -63,6 +63,12 @@ def config_from_json(given: Mapping[str, Any], **changes: Any) -> BlipConfig:
     return config
 
 
+def closing(given: Mapping[str, Any]) -> int:
+    """Number of the token at which a text that is written ends."""
+    end: int = filled(given, "blip")["text_config"]["sep_token_id"]
+    return end
+
+
 def convert(theirs: Mapping[str, Tensor], target: Mapping[str, Tensor], config: BlipConfig) -> Converted:
     """Our state dict, of the names and shapes of ``target``; errors name what does not fit."""
     return table(config, Parts.of(theirs)).convert(theirs, target)

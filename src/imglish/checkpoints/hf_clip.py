@@ -78,6 +78,14 @@ def config_from_json(given: Mapping[str, Any]) -> ClipConfig:
     )
 
 
+def closing(given: Mapping[str, Any]) -> int:
+    """Number of the token at which the text tower of a ``CLIPModel`` reads a text. Files of early versions say 2, which
+    nothing has: they mean the last token of the vocabulary."""
+    text = filled(given, "clip")["text_config"]
+    end: int = text["eos_token_id"]
+    return text["vocab_size"] - 1 if end == 2 else end
+
+
 def chinese_from_json(given: Mapping[str, Any]) -> ClipConfig:
     """Our configuration from the ``config.json`` of a ``ChineseCLIPModel``: CLIP's pictures, BERT's texts."""
     whole = filled(given, "chinese_clip")

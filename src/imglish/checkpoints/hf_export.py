@@ -25,7 +25,7 @@ from imglish.checkpoints.resizing import with_image
 from imglish.checkpoints.rules import ConversionError, Table
 from imglish.data.tokenizers import Tokenizer
 from imglish.models.heads import TaskModel
-from imglish.models.text_towers import BertConfig
+from imglish.models.text_towers import BertConfig, TextConfig
 from imglish.models.vit import VitConfig
 
 SETTINGS, WEIGHTS = "config.json", "model.safetensors"
@@ -71,7 +71,7 @@ def export_transformers(path: str | Path, loaded: Loaded, kind: str | None = Non
         _write(folder / SETTINGS, {"architectures": [layout.architecture], "dtype": "float32"} | settings)
         _write(folder / PREPROCESSOR, _preprocessor(config.image))
         if loaded.words is not None:
-            _write_tokenizer(folder, loaded.words)
+            _write_tokenizer(folder, loaded.words, config)
         (folder / WEIGHTS).chmod((folder / SETTINGS).stat().st_mode)
     return path, {name: f"{layout.architecture} has no place for it" for name, _ in table.fresh(state)}
 
@@ -186,6 +186,11 @@ def _siglip(config: Any, words: Tokenizer | None) -> dict[str, Any]:
     return made
 
 
+def _siglip_again(given: dict[str, Any]) -> Any:
+    made = hf_siglip.config_from_json(given)  # what fills texts up is the tokenizer's, which is written beside it
+    return replace(made, text=replace(cast(TextConfig, made.text), pad_id=given["text_config"]["pad_token_id"]))
+
+
 def _blip(config: Any, words: Tokenizer | None) -> dict[str, Any]:
     tower = _tower(config.width, config.depth, config.heads, config.hidden, config.norm_eps, "gelu")
     ids = {"bos_token_id": config.decode_id, "label_smoothing": config.smoothing}
@@ -240,7 +245,7 @@ class _Rows:
 
 _CLIP = Layout("CLIPModel", _clip, hf_clip.config_from_json, lambda _: hf_clip.TABLE)
 _CHINESE = Layout("ChineseCLIPModel", _chinese, hf_clip.chinese_from_json, lambda _: hf_clip.CHINESE)
-_SIGLIP = Layout("SiglipModel", _siglip, hf_siglip.config_from_json, lambda _: hf_siglip.TABLE)
+_SIGLIP = Layout("SiglipModel", _siglip, _siglip_again, lambda _: hf_siglip.TABLE)
 _MATCHING = Layout(
     "BlipForImageTextRetrieval",
     _blip,
@@ -270,6 +275,7 @@ def _preprocessor(image: Any) -> dict[str, Any]:
     if hasattr(image, "longest"):
         size = {"shortest_edge": image.size}
         return made | {"image_processor_type": "ViltImageProcessor", "size": size, "size_divisor": image.patch}
+    made["resample"] = 2 if image.interpolation == "bilinear" else 3
     sides = {"height": image.size, "width": image.size}
     if image.resize == "center" or image.crop < 1:
         whole = round(image.size / image.crop)
@@ -279,13 +285,15 @@ def _preprocessor(image: Any) -> dict[str, Any]:
     return made | {"image_processor_type": "BlipImageProcessor", "size": sides}
 
 
-def _write_tokenizer(folder: Path, words: Tokenizer) -> None:
+def _write_tokenizer(folder: Path, words: Tokenizer, config: Any) -> None:
     inner = tokenizers.Tokenizer.from_str(words.inner.to_str())
     if words.is_clip:  # what this library does to a text before, as far as a file of the tokenizers library can say it
         spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
         inner.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     inner.save(str(folder / "tokenizer.json"))
     tokens = {role: words.token(role) for role in ("pad", "unk", "cls", "sep", "mask", "bos", "eos")}
+    if getattr(getattr(config, "text", None), "padded", False):
+        tokens["pad"] = words.tokens([config.text.pad_id])[0]  # which the model reads
     named = {f"{role}_token": token for role, token in tokens.items() if token is not None}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": words.max_length}
     _write(folder / "tokenizer_config.json", settings | named)

@@ -32,7 +32,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "vision_config": _PATCHES | {"patch_size": 32},
         "text_config": _TOWER
         | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 49408}
-        | {"max_position_embeddings": 77},
+        | {"max_position_embeddings": 77, "eos_token_id": 49407},
     },
     "chinese_clip": {
         "projection_dim": 512,
@@ -49,11 +49,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_text_hidden_size": 256,
         "vision_config": _PATCHES | {"image_size": 384, "patch_size": 16, "hidden_act": "gelu"},
         "text_config": _BERT
-        | {"vocab_size": 30524, "num_attention_heads": 8, "bos_token_id": 30522, "label_smoothing": 0.0},
+        | {"vocab_size": 30524, "num_attention_heads": 8, "bos_token_id": 30522, "sep_token_id": 102}
+        | {"label_smoothing": 0.0},
     },
     "vilt": _BERT
     | {"vocab_size": 30522, "max_position_embeddings": 40, "image_size": 384, "patch_size": 32}
-    | {"hidden_dropout_prob": 0.0, "type_vocab_size": 2, "modality_type_vocab_size": 2, "num_images": -1},
+    | {"hidden_dropout_prob": 0.0, "type_vocab_size": 2, "modality_type_vocab_size": 2, "num_images": -1}
+    | {"max_image_length": -1},
     "beit": _PATCHES
     | {"patch_size": 16, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "vocab_size": 8192, "drop_path_rate": 0.1},
 }
@@ -61,21 +63,38 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def filled(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """``given`` with the values that the file leaves out, in its towers too."""
+    """``given`` with the values that the file leaves out, in its towers too, and pictures and patches by their side.
+
+    Raises ``ValueError`` for pictures or patches that are no squares.
+    """
     made: dict[str, Any] = {}
     for key in {**DEFAULTS[kind], **given}:
         default, value = DEFAULTS[kind].get(key), given.get(key)
         if isinstance(default, dict):
-            made[key] = {**default, **(value or {})}
+            whole = given.get(f"{key}_dict") if kind in _WHOLE else None  # of older versions: wins, with its own gaps
+            made[key] = _squares({**default, **((value if whole is None else whole) or {})})
         else:
             made[key] = default if value is None else value
-    return made
+    return _squares(made)
+
+
+_WHOLE = ("clip", "chinese_clip")
+"""Whose classes still read ``text_config_dict`` and ``vision_config_dict``, in which early versions kept the towers."""
+
+
+def _squares(given: dict[str, Any]) -> dict[str, Any]:
+    sides = {key: given[key] for key in ("image_size", "patch_size") if isinstance(given.get(key), list | tuple)}
+    for key, value in sides.items():
+        if len(set(value)) != 1:
+            raise ValueError(f"{key} {list(value)} is not supported: pictures and patches are squares here")
+    return given | {key: value[0] for key, value in sides.items()}
 
 
 def tower(given: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of a Transformer with pre-norms, by our names of them."""
+    sizes = stack(given)
     ratio = given["intermediate_size"] / given["hidden_size"]
-    return stack(given) | {"mlp_ratio": ratio, "activation": activation(given["hidden_act"])}
+    return sizes | {"mlp_ratio": ratio, "activation": activation(given["hidden_act"])}
 
 
 def bert(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +104,12 @@ def bert(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What all of them have."""
+    """What all of them have. Raises ``ValueError`` for sizes that are none."""
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if type(given[key]) is not int or given[key] < 1:
+            raise ValueError(f"{key} is {given[key]!r}: expected a number above 0")
+    if not isinstance(eps := given["layer_norm_eps"], int | float) or not 0 <= eps < 1:
+        raise ValueError(f"layer_norm_eps is {eps!r}: expected a small number")
     return {
         "width": given["hidden_size"],
         "depth": given["num_hidden_layers"],
@@ -96,7 +120,7 @@ def stack(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def activation(name: str) -> Activation:
     """Ours of the name that transformers has for an activation."""
-    ours = {"gelu_pytorch_tanh": "gelu_tanh"}.get(name, name)
+    ours = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}.get(name, name)
     if ours not in get_args(Activation):
         raise ValueError(f"hidden_act {name!r} is not supported; there are: {', '.join(get_args(Activation))}")
     return cast(Activation, ours)

@@ -10,7 +10,7 @@ from torch import Tensor
 from imglish.checkpoints.clip import skeleton
 from imglish.checkpoints.hf_clip import layers
 from imglish.checkpoints.hf_settings import filled, tower
-from imglish.checkpoints.rules import Converted, Cut, Rule, Table, Transform
+from imglish.checkpoints.rules import Converted, Cut, Drop, Rule, Table, Transform
 from imglish.models.clip import ClipConfig
 from imglish.models.text_towers import TextConfig
 from imglish.models.vit import ImageInput, VitConfig
@@ -32,6 +32,7 @@ TABLE = (
         Rule("text_model.head.{leaf}", "text_proj.{leaf}"),
         Rule("vision_model.embeddings.patch_embedding.{leaf}", "vision.patch_embed.{leaf}"),
         Rule("vision_model.embeddings.position_embedding.weight", "vision.positions"),
+        Drop("{tower}.embeddings.position_ids", "counts up from zero"),
         Rule("vision_model.post_layernorm.{leaf}", "vision.norm.{leaf}"),
         Rule(f"{_HEAD}.probe", "image_pool.latent", _ROW),
         Cut(f"{_HEAD}.attention.in_proj_weight", ("image_pool.q.weight", "image_pool.kv.weight"), (1, 2)),

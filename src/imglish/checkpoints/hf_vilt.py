@@ -32,13 +32,17 @@ _RANKING = Transform(ranking_row, lambda x: x[1:] - x[:1])
 
 
 def config_from_json(given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ViltConfig:
-    """Our configuration from the ``config.json`` of a ViLT and its weights, which say what heads there are."""
+    """Our configuration from the ``config.json`` of a ViLT and its weights, which say what heads there are.
+
+    ``max_image_length`` patches of a picture are seen in training; theirs draws them in evaluation too.
+    """
     whole = filled(given, "vilt")
     plain_gelu(whole)
     size, patch = whole["image_size"], whole["patch_size"]
     task = "classifier.3.weight" in weights
+    most = whole["max_image_length"]
     return ViltConfig(
-        image=AspectInput(size, int(1333 / 800 * size), patch),
+        image=AspectInput(size, int(1333 / 800 * size), patch, most if most > 0 else None),
         vocab_size=whole["vocab_size"],
         max_length=whole["max_position_embeddings"],
         **stack(whole),
@@ -108,7 +112,8 @@ def convert(official: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Con
     if "classifier.3.weight" in given:
         return task_table().convert(given, target)
     with_words = any(name.startswith("mlm_score.") for name in given)
-    output = "mlm_score.decoder.weight"
-    if with_words and output not in given:  # newer files leave out what is tied
-        given[output] = given["vilt.embeddings.text_embeddings.word_embeddings.weight"]
+    tied = ("mlm_score.decoder.weight", "vilt.embeddings.text_embeddings.word_embeddings.weight")
+    for one, other in (tied, tied[::-1]):
+        if with_words and one not in given and other in given:  # newer files leave out one that is tied
+            given[one] = given[other]
     return table(with_words, "rank_output.weight" in given, "mlm_score.bias" in given).convert(given, target)

@@ -10,15 +10,16 @@ from typing import Any
 from imglish.checkpoints import native
 from imglish.checkpoints.drawing import drawn
 from imglish.checkpoints.folders import WEIGHTS, form_of
-from imglish.checkpoints.foreign import SETTINGS, TOKENIZERS, load_foreign
+from imglish.checkpoints.foreign import SETTINGS, load_foreign
 from imglish.checkpoints.native import CheckpointError, Loaded, built
-from imglish.checkpoints.preparing import PREPROCESSOR
+from imglish.checkpoints.preparing import PREPROCESSORS
 from imglish.checkpoints.resizing import with_sizes
 from imglish.checkpoints.transfer import resized
+from imglish.checkpoints.wording import TOKENIZER_SETTINGS, TOKENIZERS
 from imglish.models.heads import TaskModel
 
 HUB = "hf:"
-_WANTED = (*(name for name, _ in SETTINGS), *TOKENIZERS, PREPROCESSOR, native.DESCRIPTION)
+_WANTED = (*(name for name, _ in SETTINGS), *TOKENIZERS, TOKENIZER_SETTINGS, *PREPROCESSORS, native.DESCRIPTION)
 
 
 def load_any(

@@ -29,6 +29,7 @@ from imglish.models.heads import HeadConfig, TaskModel, with_head
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "imglish.json", "tokenizer.json"
+_LAYERS = 1000
 SCORE_RULES = ("itc", "itm", "itm_probability", "itm+itc")
 
 
@@ -143,9 +144,21 @@ def load(path: str | Path) -> Loaded:
 
 
 def built(config: Any, head: HeadConfig | None = None) -> nn.Module:
-    """A new model of ``config``, with ``head`` that of a task."""
+    """A new model of ``config``, with ``head`` that of a task.
+
+    :class:`CheckpointError` for so many layers that building them would not end: files of others say how many."""
+    if (deep := _deepest(registry.to_dict(config))) > _LAYERS:
+        raise CheckpointError(f"{deep} layers: more than {_LAYERS} are not built")
     model = registry.build(config)
     return model if head is None else with_head(model, head)
+
+
+def _deepest(settings: Mapping[str, Any]) -> int:
+    """The greatest number of layers that is named in ``settings``."""
+    inner = [_deepest(value) for value in settings.values() if isinstance(value, Mapping)]
+    named = [value for key, value in settings.items() if key.endswith("depth") and isinstance(value, int)]
+    blocks = [sum(value) for key, value in settings.items() if key == "layers" and isinstance(value, list | tuple)]
+    return max([*inner, *named, *blocks], default=0)
 
 
 def _tokenizer(path: Path, config: Any) -> Tokenizer:
@@ -197,6 +210,17 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
             return
         for name, value in mine.items():
             value.copy_(state[name])
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What a JSON file says, a dictionary. Raises :class:`CheckpointError` with its name."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds no settings")
+    return found
 
 
 def _some(names: list[str]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from imglish.checkpoints.clip import resnet_rules, skeleton, text_rules, vit_rules
 from imglish.checkpoints.rules import Converted, Rule, Table, Transform
+from imglish.data.tokenizers import CLEANING
 from imglish.models.clip import ClipConfig, ResNetConfig, clip_vit
 from imglish.models.text_towers import TextConfig
 from imglish.models.vit import ImageInput, VitConfig
@@ -27,8 +28,18 @@ _IDLE = {
     "top": {"custom_text", "output_dict"},
     "vision_cfg": {"patch_dropout", "output_tokens", "timm_model_pretrained", "timm_drop", "timm_drop_path"},
     "multimodal_cfg": {"context_length", "attn_pooler_heads"},  # of the mask only; not read
-    "text_cfg": {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "output_tokens", "eos_id"}
+    "text_cfg": {"hf_tokenizer_name", "tokenizer_kwargs", "output_tokens", "eos_id"}  # see cleaning and closing
     | {"final_ln_after_pool"},  # the text tower normalises row by row, so the order does not matter
+}
+_ATTENTION = {"qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"}
+# What may stand there switched off; anything else that is not taken is not known.
+_OFF = {
+    "top": {"multimodal_cfg", "nonscalar_logit_scale"},
+    "vision_cfg": _ATTENTION
+    | {"attentional_pool", "timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias", "act_kwargs"},
+    "multimodal_cfg": _ATTENTION,
+    "text_cfg": _ATTENTION
+    | {"embed_cls", "hf_model_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "tokenizer_mode"},
 }
 
 
@@ -39,7 +50,9 @@ class UnknownOptionError(ValueError):
 class Options:
     """One dictionary of a model JSON: every key must be taken or be idle."""
 
-    def __init__(self, where: str, given: Mapping[str, Any]) -> None:
+    def __init__(self, where: str, given: Any) -> None:
+        if not isinstance(given, Mapping):
+            raise UnknownOptionError(f"open_clip's {where} is {given!r}, no dictionary of options")
         self.where = where
         self.left = {key: value for key, value in given.items() if key not in _IDLE[where]}
 
@@ -62,9 +75,9 @@ class Options:
             raise self.refuse(key, value)
 
     def done(self) -> None:
-        """Whatever is left must be switched off; ``block_type`` "default" is the plain block."""
+        """Whatever is left must be known and switched off; ``block_type`` "default" is the plain block."""
         for key, value in self.left.items():
-            if value and (key, value) != ("block_type", "default"):
+            if (value or key not in _OFF[self.where]) and (key, value) != ("block_type", "default"):
                 raise self.refuse(key, value)
 
 
@@ -102,6 +115,24 @@ def config_from_json(model: Mapping[str, Any]) -> ClipConfig:
     for options in (top, vision, text):
         options.done()
     return config
+
+
+def cleaning(model: Mapping[str, Any]) -> str | None:
+    """How a model JSON wants texts to be cleaned, one of ``tokenizers.CLEANING``; None: as its tokenizer does it."""
+    kwargs = dict((model.get("text_cfg") or {}).get("tokenizer_kwargs") or {})
+    clean: str | None = kwargs.pop("clean", None)
+    if any(kwargs.values()) or clean not in (None, "whitespace", *CLEANING):
+        raise UnknownOptionError(
+            f"open_clip option text_cfg.tokenizer_kwargs={kwargs | {'clean': clean}!r} is not supported"
+        )
+    return clean if clean in CLEANING else None
+
+
+def closing(model: Mapping[str, Any]) -> int | None:
+    """Number of the token at which a text is read, where a model JSON says it."""
+    text = model.get("text_cfg") or {}
+    end: int | None = text.get("eos_id") if text.get("pool_type") == "eos" else None
+    return end
 
 
 def vit(options: Options, quick: Activation) -> VitConfig:

@@ -91,7 +91,8 @@ class Drop:
 
 @dataclass(frozen=True)
 class Tie:
-    """A source name that holds the same values as ``same_as`` (checked), and is one tensor in our model."""
+    """A source name that holds the same values as ``same_as`` (checked), and is one tensor in our model; where a file
+    has only one of the two, that one counts."""
 
     source: str
     same_as: str
@@ -218,6 +219,10 @@ class Table:
         parts: dict[str, tuple[Rule, list[Tensor | None]]] = {}
         for name, value in source.items():
             found = self._find(name)
+            while found is not None and isinstance(tie := found[0], Tie):
+                if (first := _Pattern(tie.same_as).write(found[2])) in source:
+                    break
+                found = self._find(first)  # which the file leaves out: this one stands for it
             if found is None:
                 unknown.append(name)
                 continue
@@ -226,7 +231,7 @@ class Table:
                 report[name] = f"dropped: {rule.reason}"
             elif isinstance(rule, Tie):
                 first = _Pattern(rule.same_as).write(values)
-                if first not in source or not _equal(source[first], value):
+                if not _equal(source[first], value):
                     raise ConversionError(f"{name} should hold the same values as {first}, and does not")
                 report[name] = f"tied to {first}"
             elif isinstance(rule, Cut):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import html
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -44,6 +45,21 @@ _CJK = r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 _CJK_GAP = re.compile(rf"(?<={_CJK}) (?={_CJK})")
 
 
+_PUNCTUATION = tokenizers.Regex(f"[{re.escape(string.punctuation)}]")
+CLEANING: dict[
+    str, list[normalizers.Normalizer]
+] = {  # names of open_clip -> what they do to a text; broken encodings are left as they are
+    "lower": [normalizers.Lowercase()],
+    "canonicalize": [
+        normalizers.Replace("_", " "),
+        normalizers.Replace(_PUNCTUATION, ""),
+        normalizers.Lowercase(),
+        normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+        normalizers.Strip(),
+    ],
+}
+
+
 class TokenizerError(ValueError):
     """A file that is no tokenizer, or a token that this tokenizer does not have."""
 
@@ -60,18 +76,21 @@ class Tokenizer:
     # --- making one ---------------------------------------------------------------------------------------------
 
     @staticmethod
-    def load(path: str | Path, max_length: int | None = None, append_sep: bool = True) -> Tokenizer:
+    def load(
+        path: str | Path, max_length: int | None = None, append_sep: bool = True, lowercase: bool | None = None
+    ) -> Tokenizer:
         """A ``tokenizer.json``, a BERT ``vocab.txt``, CLIP's ``bpe_simple_vocab_16e6.txt.gz``, or a sentencepiece
         vocabulary (``.spm``, ``.model``) that is numbered as XLM-R's and BEiT-3's.
 
         max_length: longest sequence with special tokens (default: what the file says, else 512, CLIP 77).
-        append_sep: for a ``vocab.txt``, whether [SEP] closes a text; official ALBEF has none.
+        append_sep: for a ``vocab.txt``, whether [SEP] closes a text; official ALBEF has none. lowercase: for a
+        ``vocab.txt``, see :meth:`bert`.
         """
         path = Path(path)
         if path.name.endswith(".gz"):
             return Tokenizer.clip(path, max_length or CLIP_LENGTH)
         if path.suffix == ".txt":
-            return Tokenizer.bert(path, max_length or 512, append_sep)
+            return Tokenizer.bert(path, max_length or 512, append_sep, lowercase)
         if path.suffix in (".spm", ".model"):
             try:
                 return Tokenizer(xlm_roberta(path, max_length or 512, append_sep))
@@ -81,11 +100,15 @@ class Tokenizer:
             loaded = Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{path}: not a tokenizer.json: {error}") from error
+        if loaded.kind == "bert" and isinstance(loaded.inner.model, models.BPE):
+            raise TokenizerError(f"{path}: a vocabulary of byte pairs that is not CLIP's; such ones are not read")
         return loaded if max_length is None else loaded.with_max_length(max_length)
 
     @staticmethod
-    def bert(vocabulary: str | Path, max_length: int = 512, append_sep: bool = True) -> Tokenizer:
-        """From a BERT ``vocab.txt``; texts are lower-cased if the vocabulary has no capitals."""
+    def bert(
+        vocabulary: str | Path, max_length: int = 512, append_sep: bool = True, lowercase: bool | None = None
+    ) -> Tokenizer:
+        """From a BERT ``vocab.txt``; lowercase: texts are lower-cased, by default if the vocabulary has no capitals."""
         words = Path(vocabulary).read_text(encoding="utf-8").split("\n")
         words = words[:-1] if words and not words[-1] else words
         missing = [token for token in WORDPIECE_SPECIALS if token not in words]
@@ -93,7 +116,7 @@ class Tokenizer:
             raise TokenizerError(f"{vocabulary}: no BERT vocabulary, {' '.join(missing)} missing")
         capitals = any(word != word.lower() for word in words if not word.startswith("["))
         model = models.WordPiece({word: number for number, word in enumerate(words)}, unk_token=UNK)
-        return Tokenizer(_wordpiece(model, not capitals, max_length, append_sep))
+        return Tokenizer(_wordpiece(model, not capitals if lowercase is None else lowercase, max_length, append_sep))
 
     @staticmethod
     def train_wordpiece(
@@ -139,6 +162,26 @@ class Tokenizer:
         """The same tokenizer with another longest length (special tokens count)."""
         copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
         copy.enable_truncation(max_length)
+        return Tokenizer(copy)
+
+    def cleaning(self, how: str) -> Tokenizer:
+        """The same tokenizer that first does to a text what ``CLEANING`` says."""
+        copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        before: list[normalizers.Normalizer] = [copy.normalizer] if copy.normalizer is not None else []
+        copy.normalizer = normalizers.Sequence([*CLEANING[how], *before])
+        return Tokenizer(copy)
+
+    def closed(self, closing: bool) -> Tokenizer:
+        """The same tokenizer whose texts end with the closing token, or do not. Raises :class:`TokenizerError` where
+        that is not BERT's: other vocabularies say themselves what stands around a text."""
+        if self.append_sep == closing:
+            return self
+        if self.token("cls") != CLS:
+            raise TokenizerError(
+                f"its texts end {'without' if closing else 'with'} {self.token('eos') or 'a closing token'}"
+            )
+        copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        copy.post_processor = _around(copy, closing)
         return Tokenizer(copy)
 
     def with_special(self, tokens: Sequence[str]) -> Tokenizer:
@@ -293,12 +336,15 @@ def _wordpiece(model: models.WordPiece, lowercase: bool, max_length: int, append
     inner.decoder = decoders.WordPiece(cleanup=True)
     if inner.token_to_id(CLS) is not None:
         inner.add_special_tokens(list(WORDPIECE_SPECIALS))
-        around = [(token, inner.token_to_id(token)) for token in (CLS, SEP)]
-        inner.post_processor = processors.TemplateProcessing(
-            single=f"{CLS} $A {SEP}" if append_sep else f"{CLS} $A", special_tokens=around
-        )
+        inner.post_processor = _around(inner, append_sep)
         inner.enable_truncation(max_length)
     return inner
+
+
+def _around(inner: tokenizers.Tokenizer, closing: bool) -> processors.TemplateProcessing:
+    """What BERT puts around a text."""
+    around = [(token, inner.token_to_id(token)) for token in (CLS, SEP)]
+    return processors.TemplateProcessing(single=f"{CLS} $A {SEP}" if closing else f"{CLS} $A", special_tokens=around)
 
 
 def _letters(inner: tokenizers.Tokenizer, texts: Sequence[str], limit: int) -> tuple[list[str], list[str]]:

@@ -13,6 +13,7 @@ from imglish.data.aspect import AspectTransform
 from imglish.data.patches import PatchBatch
 from imglish.data.pictures import Pictures
 from imglish.data.regions import RegionBatch
+from imglish.models.vit import check_channels
 from imglish.nn.embed import PatchEmbed, grid_positions
 from imglish.nn.segments import Ragged, Segments, upload_index
 
@@ -35,6 +36,7 @@ class AspectInput:
     def __post_init__(self) -> None:
         if self.size % self.patch:
             raise ValueError(f"image size {self.size} is not a multiple of patch size {self.patch}")
+        check_channels(self.mean, self.std)
 
     def transform(self, crop_scale: tuple[float, float] | None = None, flip: bool = False) -> AspectTransform:
         """How a picture becomes such input; without ``crop_scale`` and ``flip`` as in evaluation."""

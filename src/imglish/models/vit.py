@@ -17,12 +17,19 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def check_channels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Raises ``ValueError`` unless these are numbers of three channels, by the second of which can be divided."""
+    if len(mean) != 3 or len(std) != 3 or not all(deviation > 0 for deviation in std):
+        raise ValueError(f"mean {mean} and deviation {std}: expected three numbers each, deviations above 0")
+
+
 @dataclass(frozen=True)
 class ImageInput:
     """What a model expects of a picture: side in pixels, mean and standard deviation a channel (of 0..1 values).
 
     resize: how a picture becomes square in evaluation: "squash" the whole of it (ALBEF, BLIP), or "center", the
-    centre of it (CLIP); crop: share of the sides, or with "center" of the shorter one, that stays.
+    centre of it (CLIP); crop: share of the sides, or with "center" of the shorter one, that stays;
+    interpolation: of the resizing, with antialias.
     """
 
     size: int = 224
@@ -30,14 +37,16 @@ class ImageInput:
     std: tuple[float, float, float] = CLIP_STD
     resize: Literal["squash", "center"] = "squash"
     crop: float = 1.0
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop is {self.crop}: the part of a picture that stays is a share in 0..1")
+        check_channels(self.mean, self.std)
 
     def transform(self, crop_scale: tuple[float, float] | None = None, flip: bool = False) -> ImageTransform:
         """How a picture becomes such input; without ``crop_scale`` and ``flip`` as in evaluation."""
-        return ImageTransform(self.size, self.resize, centre=self.crop, crop_scale=crop_scale, flip=flip)
+        return ImageTransform(self.size, self.resize, self.interpolation, self.crop, crop_scale, flip=flip)
 
 
 @dataclass(frozen=True)
