@@ -116,8 +116,12 @@ def test_pictures_are_classified_without_a_word(data: Path, tmp_path: Path, fami
     assert head.classes == tuple(sorted(COLOURS))
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Classes of pictures: validation" in page
-    again = train(recipe_from(settings | {"model": {"init": str(result.model)}, "output": str(tmp_path / "more")}))
+    more = {"output": str(tmp_path / "more"), "model": {"init": str(result.model), "image": {"size": 16}}}
+    again = train(recipe_from(settings | more))  # from a model with a head, at one more resolution
     assert again.best["metrics"]["accuracy"] > 80
+    assert native.load(str(again.model)).config.image.size == 16
+    with pytest.raises(SettingsError, match=r"model\.init: it has a head for classification: start from a model"):
+        train(replace(recipe(tmp_path / "pairs"), model={"init": str(result.model)}), records())
 
 
 def test_validation_with_other_classes_is_refused_at_once(data: Path, tmp_path: Path) -> None:

@@ -179,23 +179,21 @@ class TaskWork:
 
     def new_model(self) -> nn.Module:
         """The model to start from with its head: new, or that of an earlier fine-tuning for the same."""
-        start = self.materials.start
         try:
-            if isinstance(start, AssignmentModel):
-                torch.manual_seed(self.recipe.seed)
-                return after_assignment(start, self.head)
-            if isinstance(start, TaskModel):
-                if (start.head.form, start.head.classes) != (self.head.form, self.head.classes):
-                    raise SettingsError(
-                        "model.init",
-                        f"it has a head for {start.head.task} with {len(start.head.classes)} answers, not the "
-                        f"{len(self.head.classes)} of this recipe: start from a model without a head",
-                    )
-                start.head = self.head
-                return start.train()
-            base = new_model(self.materials, self.recipe.seed)
+            start = new_model(self.materials, self.recipe.seed)
             torch.manual_seed(self.recipe.seed)
-            return with_head(base, self.head)
+            if isinstance(start, AssignmentModel):
+                return after_assignment(start, self.head)
+            if not isinstance(start, TaskModel):
+                return with_head(start, self.head)
+            if (start.head.form, start.head.classes) != (self.head.form, self.head.classes):
+                raise SettingsError(
+                    "model.init",
+                    f"it has a head for {start.head.task} with {len(start.head.classes)} answers, not the "
+                    f"{len(self.head.classes)} of this recipe: start from a model without a head",
+                )
+            start.head = self.head
+            return start
         except MissingCapabilityError as error:
             raise SettingsError("model", str(error)) from error
 

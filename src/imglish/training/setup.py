@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from imglish.checkpoints.loading import load_any
-from imglish.checkpoints.native import CheckpointError, Loaded
+from imglish.checkpoints.native import CheckpointError, Loaded, built
 from imglish.checkpoints.rules import ConversionError
 from imglish.checkpoints.transfer import resized, transfer
 from imglish.data.augment import policy
@@ -31,6 +31,7 @@ from imglish.data.text import clean_caption, clean_record
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.evaluation.rerank import ScoreRule
 from imglish.models import registry
+from imglish.models.heads import TaskModel
 from imglish.models.vit import VisionTransformer
 from imglish.objectives.gather import rank, world_size
 from imglish.training.config import Recipe
@@ -235,10 +236,10 @@ def beside_pairs(recipe: Recipe, materials: Materials) -> Beside | None:
 
 
 def new_model(materials: Materials, seed: int) -> nn.Module:
-    """The model with initial weights drawn from ``seed`` (alike on all ranks), or those of ``model.init`` or, as
-    far as they go, of ``model.start``."""
+    """The model with initial weights drawn from ``seed`` (alike on all ranks), or those of ``model.init`` (with the
+    head of a task that it has) or, as far as they go, of ``model.start``."""
     torch.manual_seed(seed)
-    model = registry.build(materials.config)
+    model = built(materials.config, materials.start.head if isinstance(materials.start, TaskModel) else None)
     if materials.start is not None:
         try:
             model.load_state_dict(resized(materials.start, model).state)

@@ -160,6 +160,8 @@ def test_fields_by_name_wrong_captions_and_groups(tmp_path: Path) -> None:
         (("un",), ("deux",), "5"),
         (("trois",), ("quatre",), "5"),
     ]
+    alone = open_source(layouts.jsonl(tmp_path, rows), image_field="picture", needs="images")
+    assert [(r.captions, r.swapped) for r in alone] == [((), ())] * 2
 
 
 def test_rows_of_one_picture_are_one_record(tmp_path: Path) -> None:

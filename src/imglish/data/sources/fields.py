@@ -73,7 +73,7 @@ class Fields:
             captions, problems = self.captions(fields, row.where)
             if not captions and config.needs != "pictures":
                 return None, problems or [self._none(row)]
-        swapped = self._swapped(fields, len(captions), row.where, problems)
+        swapped = self._swapped(fields, len(captions), row.where, problems) if captions else ()
         label = reach(fields, config.split_field if config.by_split else config.group_field)
         return Found(name, captions, swapped, label if isinstance(label, str) else _number(label), encoded), problems
 
