@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -9,8 +10,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import imglish
-from imglish.checkpoints.loading import from_hub
-from imglish.checkpoints.native import CheckpointError
+from imglish.checkpoints.loading import from_hub, load_any
+from imglish.checkpoints.native import CheckpointError, export
 from tests.checkpoints.test_foreign import blip
 
 
@@ -21,11 +22,15 @@ class _Hub:
         self.folder, self.files = folder, files
         self.asked: dict[str, Any] = {}
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.fetch)
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: files)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: self)
 
     def fetch(self, repository: str, **options: Any) -> str:
         self.asked = {"repository": repository, **options}
         return str(self.folder)
+
+    @property
+    def siblings(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(rfilename=name) for name in self.files]
 
     @property
     def fetched(self) -> list[str]:
@@ -65,7 +70,37 @@ def test_what_the_hub_cannot_give_is_an_error_with_its_name(monkeypatch: pytest.
 
     _Hub(tmp_path, [], monkeypatch)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     with pytest.raises(CheckpointError, match=r"^hf:owner/name cannot be fetched: offline and not in the cache$"):
         imglish.load("hf:owner/name")
     with pytest.raises(CheckpointError, match="cannot be fetched"):
         imglish.load("hf:no/such/name/at/all")
+
+
+def test_without_a_network_the_cache_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for the list of files fails with classes of the transport's own."""
+
+    class NameNotResolvedError(Exception):
+        pass
+
+    def fail(*_: Any, **__: Any) -> list[str]:
+        raise NameNotResolvedError
+
+    _, folder = blip("BlipForConditionalGeneration", tmp_path)
+    hub = _Hub(folder, ["config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt"], monkeypatch)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    assert imglish.load("hf:owner/name", device="cpu").meta["from"]["format"] == "hf-blip"
+    assert set(hub.files) <= set(hub.fetched)
+
+
+def test_what_does_nothing_is_said(tmp_path: Path) -> None:
+    _, folder = blip("BlipForConditionalGeneration", tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match=r"theirs has no revisions \(v1\): only models of the hub have"):
+        load_any(folder, revision="v1")
+    loaded = load_any(folder)
+    ours = export(tmp_path / "ours", loaded.model, loaded.words)
+    for given in ({"tokenizer": "vocab.txt"}, {"classes": "names.json"}):
+        with pytest.raises(CheckpointError, match=rf"ours holds its own {next(iter(given))}: leave"):
+            load_any(ours, **given)
+    with pytest.raises(CheckpointError, match=r"one on the hub is called hf:openai/clip-vit-base-patch32$"):
+        load_any("openai/clip-vit-base-patch32")

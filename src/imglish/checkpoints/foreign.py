@@ -142,10 +142,9 @@ def recognise(source: Source) -> tuple[str, Format]:
         raise CheckpointError(f"{source.path} is a model of open_clip. {_OPEN_CLIP}")
     lacking = {name: form.lacks(source) for name, form in FORMATS.items() if form.layout == source.layout}
     nearest = min(lacking, key=lambda name: len(lacking[name]) / len(FORMATS[name].marks))
-    known = "; ".join(FORMATS[name].title for name in lacking)
     raise CheckpointError(
-        f"{source.path} is of no known kind ({known}).{_called(source)} Nearest is {FORMATS[nearest].title}, but it "
-        f"has {'; '.join(lacking[nearest])}. Its first names: {', '.join(list(source.weights)[:6])}"
+        f"{source.path} is of no known kind.{_called(source)} Nearest is {FORMATS[nearest].title}, but it has "
+        f"{'; '.join(lacking[nearest])}. Its first names: {', '.join(list(source.weights)[:6])}"
     )
 
 

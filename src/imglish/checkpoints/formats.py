@@ -82,15 +82,19 @@ class Format:
 
     def lacks(self, source: Source) -> list[str]:
         """What keeps the source from being of this kind, in words."""
-        lacking = [f"no name like {mark}" for mark in self.marks if not _some(source, mark)]
+        lacking = [f"no name like {_shown(mark)}" for mark in self.marks if not _some(source, mark)]
         said = (source.settings or {}).get("model_type", self.model_type)
         if self.model_type is not None and said != self.model_type:
             lacking.append(f"model_type {said!r}, not {self.model_type!r}")
-        return lacking + ([f"a name like {self.never}"] if self.never and _some(source, self.never) else [])
+        return lacking + ([f"a name like {_shown(self.never)}"] if self.never and _some(source, self.never) else [])
 
 
 def _some(source: Source, pattern: str) -> bool:
     return any(re.match(pattern, name) for name in source.weights)
+
+
+def _shown(pattern: str) -> str:
+    return pattern.replace("\\", "").removesuffix("$")
 
 
 def _json(source: Source) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -41,11 +42,21 @@ def load_any(
 
 
 def _load(name: str | Path, tokenizer: str | Path | None, revision: str | None, classes: str | Path | None) -> Loaded:
-    path = from_hub(str(name)[len(HUB) :], revision) if str(name).startswith(HUB) else Path(name)
+    if str(name).startswith(HUB):
+        path = from_hub(str(name)[len(HUB) :], revision)
+    elif revision is not None:
+        raise CheckpointError(
+            f"{name} has no revisions ({revision}): only models of the hub have, called {HUB}OWNER/NAME"
+        )
+    else:
+        path = Path(name)
     if native.is_export(path):
+        if given := [what for what, file in (("tokenizer", tokenizer), ("classes", classes)) if file is not None]:
+            raise CheckpointError(f"{path} holds its own {' and '.join(given)}: leave {' and '.join(given)} out")
         return native.load(path)
     if not path.exists():
-        raise CheckpointError(f"there is no model at {path}; one on the hub is called {HUB}OWNER/NAME")
+        called = name if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) else "OWNER/NAME"
+        raise CheckpointError(f"there is no model at {path}; one on the hub is called {HUB}{called}")
     return load_foreign(path, tokenizer, classes)
 
 
@@ -77,12 +88,13 @@ def from_hub(repository: str, revision: str | None = None) -> Path:
     """The folder of a model of the hub in the hub's own cache, fetched if it is not there: only the files that are
     needed, and one form of the weights. Offline mode, token and progress are the hub library's own settings."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        weights = WEIGHTS  # offline, what is in the cache was chosen when it was fetched
-        with suppress(OfflineModeIsEnabled):
-            weights = form_of(HfApi().list_repo_files(repository, revision=revision)) or ()
+        weights = WEIGHTS
+        with suppress(Exception):  # without a network what is in the cache will do, and else the next line says why not
+            there = HfApi().model_info(repository, revision=revision).siblings or []
+            weights = form_of(file.rfilename for file in there) or ()
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[*_WANTED, *weights]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{HUB}{repository} cannot be fetched: {_first_line(error)}") from error
