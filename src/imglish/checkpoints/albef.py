@@ -40,7 +40,7 @@ def table(config: AlbefConfig, with_mlm: bool) -> Table:
         *_towers(config, with_mlm, ""),
         Rule("temp", "temperature"),
         Rule("itm_head.{leaf}", "itm_head.{leaf}"),
-        *bert.dropped(_towers(config, with_mlm, "_m"), "momentum copy: see teacher_table"),
+        *bert.dropped(_towers(config, with_mlm, "_m"), "the momentum copy, which training makes anew"),
         *bert.QUEUE,
     )
 

@@ -19,7 +19,7 @@ _UNUSED = "the task does not use it"
 def table(config: AlbefConfig, pictures: int = 1) -> Table:
     """The student: official name -> ours. config: of the ALBEF before its fusion layers became ``pictures`` each."""
     whole = _layers(config, pictures)
-    return Table(*_model(whole, ""), *bert.dropped(_model(whole, "_m"), "momentum copy: see teacher_table"))
+    return Table(*_model(whole, ""), *bert.dropped(_model(whole, "_m"), "the momentum copy, which training makes anew"))
 
 
 def teacher_table(config: AlbefConfig, pictures: int = 1) -> Table:
@@ -50,7 +50,7 @@ def _model(config: AlbefConfig, suffix: str) -> Iterator[Rule | Drop | Fresh]:
 
 def vqa_table(config: AlbefConfig) -> Table:
     """The student with its decoder of answers: official name -> ours."""
-    return Table(*_vqa(config, ""), *bert.dropped(_vqa(config, "_m"), "momentum copy: see vqa_teacher_table"))
+    return Table(*_vqa(config, ""), *bert.dropped(_vqa(config, "_m"), "the momentum copy, which training makes anew"))
 
 
 def vqa_teacher_table(config: AlbefConfig) -> Table:

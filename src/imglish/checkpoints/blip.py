@@ -88,7 +88,9 @@ def _without_decoder(config: BlipConfig) -> Iterator[Fresh]:
 
 def table(config: BlipConfig, parts: Parts = Parts()) -> Table:
     """The student: official name -> ours."""
-    momentum = bert.dropped([*bert.vision("visual_encoder_m"), *_encoder("_m")], "momentum copy: see teacher_table")
+    momentum = bert.dropped(
+        [*bert.vision("visual_encoder_m"), *_encoder("_m")], "the momentum copy, which training makes anew"
+    )
     return Table(*bert.vision("visual_encoder"), *text_rules(config, parts), *momentum, *bert.QUEUE)
 
 

@@ -6,6 +6,10 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imglish.checkpoints.native import Loaded
 
 DESCRIPTION = """\
 Read a checkpoint of another project and write it as a folder that every command here takes.
@@ -44,5 +48,19 @@ def main(argv: Sequence[str]) -> int:
     print(f"{arguments.source}: {origin.get('format', loaded.config.family)}, {parameters / 1e6:.1f} M parameters")
     for reason, count in Counter(loaded.meta.get("conversion", {}).values()).most_common():
         print(f"  {count} {'name' if count == 1 else 'names'}: {reason}")
-    print(f"written to {written}; pairs are ranked by {loaded.score_rule}")
+    print(f"written to {written}{_use(loaded)}")
     return 0
+
+
+def _use(loaded: Loaded) -> str:
+    """What the model is for."""
+    from imglish.models.heads import HeadConfig
+
+    head = getattr(loaded.model, "head", None)
+    if isinstance(head, HeadConfig):
+        if head.form == "answers":
+            return f"; it writes answers ({head.task})"
+        unnamed = head.classes == tuple(str(number) for number in range(len(head.classes)))
+        more = ", called by their numbers: --classes FILE names them" if unnamed else ""
+        return f"; it chooses among {len(head.classes)} classes ({head.task}){more}"
+    return "" if loaded.words is None else f"; pairs are ranked by {loaded.score_rule}"
