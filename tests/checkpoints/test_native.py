@@ -65,6 +65,14 @@ def damage(path: Path, what: str) -> None:
         data["family"] = "clop"
     elif what == "setting":
         data["config"]["colour"] = "red"
+    elif what == "part":
+        data["config"]["vision"] = [1]
+    elif what == "size":
+        data["config"]["text"]["heads"] = 0
+    elif what == "layers":
+        data["config"]["text"]["depth"] = 10**9
+    elif what == "meta":
+        data["meta"] = ["x"]
     elif what == "rule":
         data["score_rule"] = "guess"
     elif what == "missing weight":
@@ -94,6 +102,10 @@ def damage(path: Path, what: str) -> None:
         ("format", r"imglish\.json has format 99; imglish .* reads format 1"),
         ("family", r"the configuration cannot be used: .*clop"),
         ("setting", r"the configuration cannot be used: .*colour"),
+        ("part", r"imglish\.json: the configuration cannot be used: "),
+        ("size", r"imglish\.json: the configuration cannot be used: .*zero"),
+        ("layers", r"imglish\.json: the configuration cannot be used: 1000000000 layers: more than 1000"),
+        ("meta", r"imglish\.json: meta is no dictionary"),
         ("rule", r"score rule 'guess'"),
         ("missing weight", r"1 weights are missing: logit_scale"),
         ("surplus weight", r"1 weights do not belong to the model: extra"),

@@ -20,9 +20,8 @@ from imglish.checkpoints.drawing import drawn, undrawn
 from imglish.checkpoints.files import WeightFileError, read_weights
 from imglish.checkpoints.folders import read_folder, weight_files
 from imglish.checkpoints.formats import FORMATS, Format, Layout, Source
-from imglish.checkpoints.native import CheckpointError, Loaded, built, read_settings
+from imglish.checkpoints.native import UNUSABLE, CheckpointError, Loaded, built, read_settings
 from imglish.checkpoints.preparing import with_picture
-from imglish.checkpoints.rules import ConversionError
 from imglish.checkpoints.wording import tokenizer_of
 from imglish.models import registry
 from imglish.models.heads import HeadConfig
@@ -58,8 +57,7 @@ def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes:
         converted = form.convert(source.weights, target, config)
     except CheckpointError as error:
         raise CheckpointError(f"{source.path}: {error}") from error
-    except (ConversionError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
-        # settings of others can say anything
+    except UNUSABLE as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{source.path} looks like {form.title}, but does not fit: {what}") from error
     words = None

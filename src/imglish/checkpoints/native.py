@@ -29,6 +29,8 @@ from imglish.models.heads import HeadConfig, TaskModel, with_head
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "imglish.json", "tokenizer.json"
+UNUSABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What settings that say anything at all do to the code that takes them for sizes."""
 _LAYERS = 1000
 SCORE_RULES = ("itc", "itm", "itm_probability", "itm+itc")
 
@@ -132,14 +134,18 @@ def load(path: str | Path) -> Loaded:
     description = _description(path)
     config = _config(path, description)
     head = _head(path, description["head"]) if "head" in description else None
-    with undrawn():  # nothing is drawn, nothing allocated: the weights become those of the mapped file
-        model = built(config, head)
+    try:
+        with undrawn():  # nothing is drawn, nothing allocated: the weights become those of the mapped file
+            model = built(config, head)
+        reads = registry.reads_texts(config, head)
+    except UNUSABLE as error:
+        raise CheckpointError(f"{path / DESCRIPTION}: the configuration cannot be used: {error}") from error
     try:
         state = load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from error
     load_weights(model, state, str(path / WEIGHTS))
-    tokenizer = _tokenizer(path, config) if registry.reads_texts(config, head) else None
+    tokenizer = _tokenizer(path, config) if reads else None
     return Loaded(model.eval(), tokenizer, config, description["score_rule"], description.get("meta", {}))
 
 
@@ -244,6 +250,8 @@ def _description(path: Path) -> dict[str, Any]:
         )
     if missing := [key for key in ("family", "config", "score_rule") if key not in data]:
         raise CheckpointError(f"{path / DESCRIPTION} lacks {', '.join(missing)}")
+    if not isinstance(data.get("meta", {}), dict):
+        raise CheckpointError(f"{path / DESCRIPTION}: meta is no dictionary")
     if data["score_rule"] not in SCORE_RULES:
         raise CheckpointError(f"{path / DESCRIPTION}: score rule {data['score_rule']!r} is none of {SCORE_RULES}")
     return data
@@ -259,5 +267,5 @@ def _head(path: Path, data: Any) -> HeadConfig:
 def _config(path: Path, description: Mapping[str, Any]) -> Any:
     try:
         return registry.from_dict(description["family"], description["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except UNUSABLE as error:
         raise CheckpointError(f"{path / DESCRIPTION}: the configuration cannot be used: {error}") from error
