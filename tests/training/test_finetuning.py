@@ -185,6 +185,12 @@ def test_text_assignment_comes_before_nlvr2(data: Path, tmp_path: Path) -> None:
     settings = tuning(tmp_path / "fine", data, "nlvr2", schedule={"steps": 2, "warmup_steps": 0}).to_dict()
     result = train(recipe_from(settings | {"model": {"init": str(first.model)}}))
     assert native.load(str(result.model)).model.head.task == "nlvr2"  # type: ignore[union-attr]
+    start = {"model": {"init": str(first.model)}}
+    for task in (None, "text_assignment"):
+        with pytest.raises(SettingsError, match="it has a head for text_assignment: start from a model without one"):
+            train(replace(recipe(tmp_path / "again", task={"name": task}), **start), records())
+    with pytest.raises(SettingsError, match="text assignment prepares a choice about 2 pictures"):
+        check(replace(tuning(tmp_path / "questions", data), **start))
     with pytest.raises(SettingsError, match="judged by the NLVR2"):
         train(recipe(tmp_path / "x", task={"name": "text_assignment"}), records(), records())
 

@@ -31,7 +31,7 @@ from imglish.data.text import clean_caption, clean_record
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 from imglish.evaluation.rerank import ScoreRule
 from imglish.models import registry
-from imglish.models.heads import TaskModel
+from imglish.models.heads import ASSIGNMENT, TaskModel
 from imglish.models.vit import VisionTransformer
 from imglish.objectives.gather import rank, world_size
 from imglish.training.config import Recipe
@@ -137,6 +137,12 @@ def base_config(recipe: Recipe) -> tuple[Any, Loaded | None]:
     changes = {key: value for key, value in recipe.model.items() if key not in ("name", "init", "start")}
     if "init" in recipe.model:
         loaded = _exported(str(recipe.model["init"]), "model.init")
+        head = loaded.model.head if isinstance(loaded.model, TaskModel) else None
+        task = recipe.task.name
+        if head is not None and (task in (None, ASSIGNMENT) or head.task not in (task, ASSIGNMENT)):
+            raise SettingsError(
+                "model.init", f"it has a head for {head.task}: start from a model without one, or set task.name to that"
+            )
         return fill(loaded.config, changes, "model"), loaded
     try:
         base = registry.named(str(recipe.model["name"]))

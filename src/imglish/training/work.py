@@ -14,7 +14,7 @@ from imglish.data.errors import Errors
 from imglish.data.loader import Position, Samples, training_batches
 from imglish.data.records import Record
 from imglish.models.capabilities import MissingCapabilityError
-from imglish.models.heads import TaskModel, for_assignment
+from imglish.models.heads import for_assignment
 from imglish.objectives.gather import rank, world_size
 from imglish.report import Report
 from imglish.training.config import Recipe
@@ -83,11 +83,6 @@ class PairWork:
     ) -> None:
         self.recipe = recipe
         self.materials = gather_materials(recipe, records, validation, resumed, errors_file)
-        if isinstance(start := self.materials.start, TaskModel):
-            raise SettingsError(
-                "model.init",
-                f"it has a head for {start.head.task}: start from a model without one, or name the task (task.name)",
-            )
         self.dataset = pair_dataset(recipe, self.materials)
         self.beside = beside_pairs(recipe, self.materials)
         self.items = len(self.dataset)
