@@ -153,6 +153,12 @@ def broken_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def damaged(path: Path) -> None:
+    torch.save(Outer().state_dict(), path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"PK\x01\x02", b"PK\x01\x03"))  # entries of the list of contents
+
+
 MISTAKEN: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "nothing": (b"", "it is empty: download the file again"),
     "text": ("héllo there\n".encode() * 400, r"it is text \(it begins 'héllo there h"),
@@ -164,6 +170,7 @@ MISTAKEN: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "gzip": (gzip.compress(b"x"), "an archive of gzip: unpack it"),
     "zip": (zipped, r"zip that PyTorch did not write \(in it: notes\.txt\): unpack it"),
     "tar": (tarred, "an archive of tar: unpack it"),
+    "damaged": (damaged, r"a damaged archive \(.*\): download the file again"),
     "half": (broken_off, "ends before its end, as downloads that break off do: download the file again"),
 }
 

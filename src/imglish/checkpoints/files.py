@@ -86,8 +86,6 @@ def read_weights(path: str | Path) -> WeightFile:
         raise WeightFileError(f"{path} holds no weights: it is {what}")
     try:
         loaded = _loaded(path)
-    except OSError:
-        raise
     except Exception as error:  # what a damaged or foreign file does to its reader cannot be foreseen
         raise WeightFileError(f"{path}: not a weight file that can be read safely: {_reason(error)}") from error
     beside: tuple[str, ...] = ()

@@ -52,10 +52,13 @@ def seems(path: Path) -> str | None:
 
 def _archive(path: Path) -> str | None:
     """PyTorch writes archives of zip, whose list of contents stands at their end."""
-    if not zipfile.is_zipfile(path):
-        return f"an archive that ends before its end, as downloads that break off do: {_AGAIN}"
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        if not zipfile.is_zipfile(path):
+            return f"an archive that ends before its end, as downloads that break off do: {_AGAIN}"
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        return f"a damaged archive ({error}): {_AGAIN}"
     if any(name.endswith("/data.pkl") for name in names):
         return None
     return f"an archive of zip that PyTorch did not write (in it: {', '.join(names[:3]) or 'nothing'}): {_UNPACK}"
