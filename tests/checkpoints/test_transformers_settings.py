@@ -94,6 +94,7 @@ REFUSED = [  # class, setting, value, what the error says
     ("BlipForImageTextRetrieval", "text_config.is_decoder", False, r"layers\.0\.cross\.q\.weight"),
     ("BlipForConditionalGeneration", "text_config.bos_token_id", 7, "bos_token_id is 7, expected 22"),
     ("BlipForConditionalGeneration", "text_config.sep_token_id", 7, "ends texts with token 3, the settings .* with 7"),
+    ("BlipForConditionalGeneration", "text_config.sep_token_id", None, "sep_token_id is None: expected the number of"),
     ("BlipForQuestionAnswering", "text_config.sep_token_id", 7, "ends texts with token 3, the settings .* with 7"),
     ("CLIPModel", "text_config.eos_token_id", 7, "ends texts with token 3, the settings .* with 7"),
     ("CLIPModel", "text_config.eos_token_id", 2, f"ends texts with token 3, the settings .* with {COUNT - 1}"),

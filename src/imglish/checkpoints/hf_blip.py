@@ -17,7 +17,7 @@ from torch import Tensor
 from imglish.checkpoints import bert, blip_tasks
 from imglish.checkpoints.blip import Parts, text_rules
 from imglish.checkpoints.hf_settings import bert as sizes_of_bert
-from imglish.checkpoints.hf_settings import filled, plain_gelu, tower
+from imglish.checkpoints.hf_settings import filled, plain_gelu, token, tower
 from imglish.checkpoints.rules import Converted, Drop, Fresh, Rule, Table
 from imglish.models.blip import BlipConfig
 from imglish.models.vit import ImageInput, VitConfig
@@ -65,8 +65,7 @@ def config_from_json(given: Mapping[str, Any], **changes: Any) -> BlipConfig:
 
 def closing(given: Mapping[str, Any]) -> int:
     """Number of the token at which a text that is written ends."""
-    end: int = filled(given, "blip")["text_config"]["sep_token_id"]
-    return end
+    return token(filled(given, "blip")["text_config"], "sep_token_id")
 
 
 def convert(theirs: Mapping[str, Tensor], target: Mapping[str, Tensor], config: BlipConfig) -> Converted:

@@ -13,7 +13,7 @@ from torch import Tensor
 from imglish.checkpoints import bert
 from imglish.checkpoints.clip import skeleton
 from imglish.checkpoints.hf_settings import bert as sizes_of_bert
-from imglish.checkpoints.hf_settings import filled, tower
+from imglish.checkpoints.hf_settings import filled, token, tower
 from imglish.checkpoints.rules import Converted, Drop, Rule, Table
 from imglish.models.clip import ClipConfig, clip_vit
 from imglish.models.text_towers import BertConfig, TextConfig
@@ -82,8 +82,8 @@ def closing(given: Mapping[str, Any]) -> int:
     """Number of the token at which the text tower of a ``CLIPModel`` reads a text. Files of early versions say 2, which
     nothing has: they mean the last token of the vocabulary."""
     text = filled(given, "clip")["text_config"]
-    end: int = text["eos_token_id"]
-    return text["vocab_size"] - 1 if end == 2 else end
+    end = token(text, "eos_token_id")
+    return int(text["vocab_size"]) - 1 if end == 2 else end
 
 
 def chinese_from_json(given: Mapping[str, Any]) -> ClipConfig:

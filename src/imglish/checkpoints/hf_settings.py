@@ -90,6 +90,13 @@ def _squares(given: dict[str, Any]) -> dict[str, Any]:
     return given | {key: value[0] for key, value in sides.items()}
 
 
+def token(given: Mapping[str, Any], key: str) -> int:
+    """The number of a token. Raises ``ValueError`` where the settings name none."""
+    if type(number := given[key]) is not int:
+        raise ValueError(f"{key} is {number!r}: expected the number of a token")
+    return number
+
+
 def tower(given: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of a Transformer with pre-norms, by our names of them."""
     sizes = stack(given)
