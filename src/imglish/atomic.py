@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,8 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 TEMPORARY = ".writing"
 REPLACED = ".replaced"
+LOCK = "run.lock"
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -55,6 +62,26 @@ def folder(path: Path) -> Iterator[Path]:
     os.rename(new, path)
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """No other process that asks for the same works in the folder ``path`` (made where it is not there) meanwhile.
+
+    The lock ends with the process, however that ends. Raises ``BlockingIOError`` where another one holds it. Systems
+    and network folders that know no such locks give none.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK).open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not the children's too
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise BlockingIOError(error.errno, f"another process works in {path}") from error
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+        yield
 
 
 def require_writable(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from imglish import atomic
 from imglish.checkpoints.native import load
 from imglish.training.journal import Journal, read_events
 from imglish.training.settings import SettingsError
@@ -145,3 +147,21 @@ def test_the_score_rule_is_a_setting_that_stays_with_the_model(tmp_path: Path) -
     assert not any(name.startswith("mlm") for event in second.events for name in event.get("losses", {}))
     with pytest.raises(SettingsError, match=r"validation\.score_rule: Clip matches no pairs"):
         train(recipe(tmp_path / "c", "clip", **rules), records(), held)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """The lock ends with the process that holds it, however that ends."""
+    program = "import sys, time; from pathlib import Path; from imglish import atomic\n"
+    program += "with atomic.alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SettingsError, match="output: another run works in"):
+            train(recipe(tmp_path, schedule={"steps": 2, "warmup_steps": 0}), records())
+    finally:
+        other.kill()
+        other.wait()
+    assert train(recipe(tmp_path, schedule={"steps": 2, "warmup_steps": 0}), records()).model is not None
+    with atomic.alone(tmp_path):  # a run that ended holds nothing
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,12 @@ class Run:
         self.optimiser = build_optimiser(self.model, recipe.optimiser)
 
         # ---- where the run stands ----
+        self._held = ExitStack()
+        if rank() == 0:  # two runs in one folder would write over each other's checkpoints
+            try:
+                self._held.enter_context(atomic.alone(self.folder))
+            except BlockingIOError as error:
+                raise SettingsError("output", f"another run works in {self.folder}; choose another folder") from error
         self.step = 0
         self.validated = 0
         self.saved: int | None = None
@@ -421,6 +428,7 @@ class Run:
         return self.seconds + time.perf_counter() - self._began
 
     def close(self) -> None:
-        """Release the bar and wait for messages under way between processes."""
+        """Release bar and folder, and wait for messages under way between processes."""
         self.journal.close()
         self.agreement.finish()
+        self._held.close()
