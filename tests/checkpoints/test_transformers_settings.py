@@ -300,6 +300,16 @@ def test_byte_pairs_that_are_not_clips_are_refused(tmp_path: Path) -> None:
 PREPARED: dict[str, Any] = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.2], "do_center_crop": True}
 
 
+def test_what_files_of_squares_say_besides_does_not_matter(tmp_path: Path) -> None:
+    """As files on the hub have it: a divisor that the processor of BLIP does not read, and settings of no value."""
+    saved("BlipForConditionalGeneration", tmp_path)
+    said = {"do_pad": True, "size_divisor": 32, "size": {"height": 32, "width": 32}, "crop_size": None, "resample": 3}
+    said |= {"do_rescale": None, "do_normalize": None, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    image = load_foreign(tmp_path).config.image
+    assert (image.mean, image.std, image.resize, image.crop) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "squash", 1.0)
+
+
 def test_pictures_are_prepared_as_a_processor_of_version_5_says(tmp_path: Path) -> None:
     """There ``processor.save_pretrained`` writes the settings of pictures into a file of both."""
     saved("CLIPModel", tmp_path)

@@ -72,7 +72,7 @@ def _processor(folder: Path) -> Mapping[str, Any]:
         if (folder / name).is_file():
             given = read_settings(folder / name)
             if isinstance(found := given if name == PREPROCESSOR else given.get("image_processor"), dict):
-                return found
+                return {key: value for key, value in found.items() if value is not None}
     return {}
 
 
@@ -84,8 +84,6 @@ def _transformers(given: Mapping[str, Any], image: Any) -> dict[str, Any]:
         raise ValueError(f"rescale_factor {factor} is not supported, only 1/255")
     if (resample := given.get("resample", 3)) not in _RESAMPLE:
         raise ValueError(f"resample {resample} is not supported, only {_RESAMPLE}")
-    if given.get("size_divisor", getattr(image, "patch", None)) != getattr(image, "patch", None):
-        raise ValueError(f"size_divisor {given['size_divisor']} is not supported, only the side of a patch")
     changes: dict[str, Any] = {"mean": given.get("image_mean"), "std": given.get("image_std")}
     if not given.get("do_normalize", True):
         changes = {"mean": [0.0] * 3, "std": [1.0] * 3}
@@ -95,7 +93,9 @@ def _transformers(given: Mapping[str, Any], image: Any) -> dict[str, Any]:
 
 
 def _aspect(given: Mapping[str, Any], image: Any) -> dict[str, Any]:
-    """Of pictures that keep their shape."""
+    """Of pictures that keep their shape. (Files of squares may have a ``size_divisor`` too, which nobody reads.)"""
+    if given.get("size_divisor", image.patch) != image.patch:
+        raise ValueError(f"size_divisor {given['size_divisor']} is not supported, only the side of a patch")
     size = given.get("size")
     _same_side(size.get("shortest_edge") if isinstance(size, dict) else size, image)
     if given.get("do_center_crop"):
