@@ -48,5 +48,5 @@ def test_class_only_equals_the_first_of_all_tokens() -> None:
     vit = VitConfig(ImageInput(16), patch=8, width=32, depth=2, heads=2).build()
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(vit(images, class_only=True), vit(images)[:, 0])
-    with pytest.raises(ValueError, match="positions"):
+    with pytest.raises(ValueError, match="pictures of 24 x 24 pixels: resize them to 16 x 16"):
         vit(torch.randn(1, 3, 24, 24))
