@@ -15,8 +15,8 @@ from torch import Tensor
 
 from imglish.checkpoints import clip, sizes
 from imglish.checkpoints.foreign import load_foreign, recognise
-from imglish.checkpoints.formats import Source
 from imglish.checkpoints.native import built
+from imglish.checkpoints.source import Source
 from tests.golden import test_albef, test_beit, test_beit3, test_blip, test_vilt, test_vlmo
 from tests.golden.support import Case, cases, golden_root
 

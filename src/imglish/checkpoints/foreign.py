@@ -19,9 +19,10 @@ from torch import Tensor
 from imglish.checkpoints.drawing import drawn, undrawn
 from imglish.checkpoints.files import WeightFileError, read_weights
 from imglish.checkpoints.folders import read_folder, weight_files
-from imglish.checkpoints.formats import FORMATS, Format, Layout, Source
+from imglish.checkpoints.formats import FORMATS
 from imglish.checkpoints.native import UNUSABLE, CheckpointError, Loaded, built, read_settings
 from imglish.checkpoints.preparing import with_picture
+from imglish.checkpoints.source import Format, Layout, Source
 from imglish.checkpoints.wording import tokenizer_of
 from imglish.models import registry
 from imglish.models.heads import HeadConfig

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
 
 from imglish.checkpoints import (
     albef,
@@ -20,6 +14,7 @@ from imglish.checkpoints import (
     blip_tasks,
     clip,
     coca,
+    heads,
     hf_beit,
     hf_blip,
     hf_clip,
@@ -30,71 +25,7 @@ from imglish.checkpoints import (
     vilt,
     vlmo,
 )
-from imglish.checkpoints.rules import Converted
-from imglish.data.tasks import entailment, nlvr2
-from imglish.models.heads import HeadConfig
-
-Layout = Literal["file", "transformers", "open_clip"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What lies on the disk. settings: the JSON beside the weights, None for a file alone; classes: names of a task's
-    answers in the order of the head, where they are known; beside: what else the record of a training holds."""
-
-    path: Path
-    layout: Layout
-    weights: Mapping[str, Tensor]
-    settings: Mapping[str, Any] | None = None
-    classes: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
-
-
-@dataclass(frozen=True)
-class Format:
-    """One kind of checkpoint.
-
-    marks: patterns, for each of which the weights have a name, and never: one that they have no name for; config: ours,
-    from sizes or settings; convert: weights, names and shapes of our model (or of what a task model has within), its
-    configuration -> ours; head: of a task model; closing: its texts end with [SEP]; special: tokens that the family
-    adds to its tokenizer; score_rule: how its authors rank pairs; model_type: in the settings of transformers, where
-    other models have the same names; end: number of the token that ends a text, by the settings; clean:
-    what is done to a text before it is cut into tokens, by the settings.
-    """
-
-    title: str
-    layout: Layout
-    marks: tuple[str, ...]
-    config: Callable[[Source], Any]
-    convert: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], Converted]
-    score_rule: str
-    closing: bool = True
-    special: tuple[str, ...] = ()
-    never: str | None = None
-    head: Callable[[Source], HeadConfig] | None = None
-    model_type: str | None = None
-    end: Callable[[Source], int | None] | None = None
-    clean: Callable[[Source], str | None] | None = None
-
-    def lacks(self, source: Source) -> list[str]:
-        """What keeps the source from being of this kind, in words."""
-        lacking = [f"no name like {_shown(mark)}" for mark in self.marks if not _some(source, mark)]
-        said = (source.settings or {}).get("model_type", self.model_type)
-        if self.model_type is not None and said != self.model_type:
-            lacking.append(f"model_type {said!r}, not {self.model_type!r}")
-        return lacking + ([f"a name like {_shown(self.never)}"] if self.never and _some(source, self.never) else [])
-
-
-def _some(source: Source, pattern: str) -> bool:
-    return any(re.match(pattern, name) for name in source.weights)
-
-
-def _shown(pattern: str) -> str:
-    return pattern.replace("\\", "").removesuffix("$")
+from imglish.checkpoints.source import Format, Source
 
 
 def _json(source: Source) -> Mapping[str, Any]:
@@ -106,56 +37,6 @@ def _open_clip_model(source: Source) -> Mapping[str, Any]:
     given = _json(source)
     model: Mapping[str, Any] = given.get("model_cfg", given)
     return model
-
-
-def _answers(last: str) -> Callable[[Source], HeadConfig]:
-    """Questions with one of many answers, of which several may be right; last: weight of the head's last layer."""
-
-    def head(source: Source) -> HeadConfig:
-        return HeadConfig("vqa", classes=_named(source, len(source.weights[last])), soft=True)
-
-    return head
-
-
-def _shows(last: str) -> Callable[[Source], HeadConfig]:
-    """Classes of pictures alone; last: weight of the head's last layer."""
-
-    def head(source: Source) -> HeadConfig:
-        names = _named(source, len(source.weights[last]))
-        often = {name for name, times in Counter(names).items() if times > 1}  # ImageNet has two cranes
-        classes = (f"{name} ({number})" if name in often else name for number, name in enumerate(names))
-        return HeadConfig("classification", classes=tuple(classes), texts=False)
-
-    return head
-
-
-def _pairs(_: Source) -> HeadConfig:
-    return HeadConfig("nlvr2", classes=nlvr2.CLASSES, pictures=2)
-
-
-def _entails(_: Source) -> HeadConfig:
-    return HeadConfig("entailment", classes=entailment.CLASSES)
-
-
-def _writes(source: Source) -> HeadConfig:
-    """Answers that are written; the candidates to choose among are no part of the weights."""
-    return HeadConfig("vqa", "answers", _names(source) or ("yes", "no"))
-
-
-def _names(source: Source) -> tuple[str, ...]:
-    """Names of the answers: given, or of the settings beside the weights, or none."""
-    labels = (source.settings or {}).get("id2label") or {}
-    return source.classes or tuple(labels[str(number)] for number in range(len(labels)))
-
-
-def _named(source: Source, count: int) -> tuple[str, ...]:
-    """Names of ``count`` answers, their numbers where they have none."""
-    names = _names(source)
-    if not names:
-        return tuple(str(number) for number in range(count))
-    if len(names) != count:
-        raise ValueError(f"the head has {count} answers, {len(names)} names are given for them")
-    return names
 
 
 _GROUNDED = r"text_(en|de)coder\.(bert\.)?encoder\.layer\.0\.crossattention\."  # BLIP looks from the first layer on
@@ -191,7 +72,7 @@ FORMATS: dict[str, Format] = {
         "itm",
         closing=False,
         never=_GROUNDED,
-        head=lambda s: _pairs(s) if albef_tasks.pictures(s.weights) == 2 else _entails(s),
+        head=lambda s: heads.pairs(s) if albef_tasks.pictures(s.weights) == 2 else heads.entails(s),
     ),
     "albef-vqa": Format(
         "ALBEF as released, for VQA",
@@ -202,7 +83,7 @@ FORMATS: dict[str, Format] = {
         "itm",
         closing=False,
         never=r"vision_proj\.|text_encoder\.encoder\.layer\.0\.crossattention\.",
-        head=_writes,
+        head=heads.writes,
     ),
     "blip": Format(
         "BLIP as released",
@@ -223,7 +104,7 @@ FORMATS: dict[str, Format] = {
         "itm+itc",
         special=("[DEC]", "[ENC]"),
         never=r"vision_proj\.",
-        head=_writes,
+        head=heads.writes,
     ),
     "blip-nlvr2": Format(
         "BLIP as released, for NLVR2",
@@ -233,7 +114,7 @@ FORMATS: dict[str, Format] = {
         lambda theirs, target, config: blip_tasks.convert_reasoning(theirs, target, config, config.depth // 2),
         "itm+itc",
         special=("[DEC]", "[ENC]"),
-        head=_pairs,
+        head=heads.pairs,
     ),
     "vilt": Format(
         "ViLT as released (Lightning), of pre-training or retrieval",
@@ -251,7 +132,7 @@ FORMATS: dict[str, Format] = {
         lambda s: sizes.vilt_config(s.weights),
         lambda theirs, target, _: vilt.convert(theirs, target),
         "itm",
-        head=_answers("vqa_classifier.3.weight"),
+        head=heads.answers("vqa_classifier.3.weight"),
     ),
     "vilt-nlvr2": Format(
         "ViLT as released, for NLVR2",
@@ -260,7 +141,7 @@ FORMATS: dict[str, Format] = {
         lambda s: sizes.vilt_config(s.weights),
         lambda theirs, target, _: vilt.convert(theirs, target),
         "itm",
-        head=_pairs,
+        head=heads.pairs,
     ),
     "vlmo": Format(
         "VLMo as released, of pre-training",
@@ -286,7 +167,7 @@ FORMATS: dict[str, Format] = {
         lambda s: sizes.vlmo_config(s.weights),
         lambda theirs, target, config: vlmo.convert_task(theirs, target, config, "vqa_classifier"),
         "itc",
-        head=_answers("vqa_classifier.3.weight"),
+        head=heads.answers("vqa_classifier.3.weight"),
     ),
     "vlmo-nlvr2": Format(
         "VLMo as released, for NLVR2",
@@ -295,7 +176,7 @@ FORMATS: dict[str, Format] = {
         lambda s: sizes.vlmo_config(s.weights),
         lambda theirs, target, config: vlmo.convert_task(theirs, target, config, "nlvr2_classifier"),
         "itc",
-        head=_pairs,
+        head=heads.pairs,
     ),
     "beit": Format(
         "BEiT or BEiT-2 as released, of masked image modelling",
@@ -312,7 +193,7 @@ FORMATS: dict[str, Format] = {
         lambda s: sizes.beit_classifier_config(s.weights),
         lambda theirs, target, _: beit.classifier_table().convert(theirs, target),
         "itc",
-        head=_shows("head.weight"),
+        head=heads.shows("head.weight"),
     ),
     "beit3": Format(
         "BEiT-3 as released, of pre-training, retrieval or captioning",
@@ -330,7 +211,7 @@ FORMATS: dict[str, Format] = {
         lambda s: sizes.beit3_config(s.weights),
         lambda theirs, target, _: beit3.vqa_table().convert(theirs, target),
         "itc",
-        head=_answers("head.3.weight"),
+        head=heads.answers("head.3.weight"),
     ),
     "beit3-nlvr2": Format(
         "BEiT-3 as released, for NLVR2",
@@ -339,7 +220,7 @@ FORMATS: dict[str, Format] = {
         lambda s: sizes.beit3_config(s.weights),
         lambda theirs, target, _: beit3.nlvr2_table().convert(theirs, target),
         "itc",
-        head=_pairs,
+        head=heads.pairs,
     ),
     "beit3-classes": Format(
         "BEiT-3 as released, fine-tuned for ImageNet",
@@ -348,7 +229,7 @@ FORMATS: dict[str, Format] = {
         lambda s: sizes.beit3_classifier_config(s.weights),
         lambda theirs, target, _: beit3.imagenet_table().convert(theirs, target),
         "itc",
-        head=_shows("head.weight"),
+        head=heads.shows("head.weight"),
     ),
     "clip": Format(
         "CLIP as released (openai)",
@@ -395,7 +276,7 @@ FORMATS: dict[str, Format] = {
         "itm",
         special=("[DEC]", "[ENC]"),
         model_type="blip",
-        end=lambda s: hf_blip.closing(_json(s)) if _some(s, r"text_decoder\.") else None,
+        end=lambda s: hf_blip.closing(_json(s)) if s.has(r"text_decoder\.") else None,
     ),
     "hf-blip-vqa": Format(
         "BLIP of transformers, for VQA",
@@ -405,7 +286,7 @@ FORMATS: dict[str, Format] = {
         lambda theirs, target, config: hf_blip.vqa_table(config).convert(theirs, target),
         "itm",
         special=("[DEC]", "[ENC]"),
-        head=_writes,
+        head=heads.writes,
         model_type="blip",
         end=lambda s: hf_blip.closing(_json(s)),
     ),
@@ -436,7 +317,7 @@ FORMATS: dict[str, Format] = {
         lambda s: hf_vilt.config_from_json(_json(s), s.weights),
         lambda theirs, target, _: hf_vilt.convert(theirs, target),
         "itm",
-        head=lambda s: _pairs(s) if hf_vilt.pictures(s.weights) == 2 else _answers("classifier.3.weight")(s),
+        head=lambda s: heads.pairs(s) if hf_vilt.pictures(s.weights) == 2 else heads.answers("classifier.3.weight")(s),
         model_type="vilt",
     ),
     "hf-beit": Format(
@@ -455,7 +336,7 @@ FORMATS: dict[str, Format] = {
         lambda s: hf_beit.config_from_json(_json(s)),
         lambda theirs, target, _: hf_beit.classifier_table().convert(theirs, target),
         "itc",
-        head=_shows("classifier.weight"),
+        head=heads.shows("classifier.weight"),
         model_type="beit",
     ),
     "open_clip-coca": Format(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from imglish.checkpoints.formats import Format, Source
 from imglish.checkpoints.native import CheckpointError, read_settings
+from imglish.checkpoints.source import Format, Source
 from imglish.data.tokenizers import Tokenizer, TokenizerError
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
