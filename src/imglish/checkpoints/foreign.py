@@ -61,13 +61,14 @@ def load_foreign(path: str | Path, tokenizer: str | Path | None = None, classes:
     except UNUSABLE as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{source.path} looks like {form.title}, but does not fit: {what}") from error
-    words = None
+    words, sized = None, (config, head)
     if registry.reads_texts(config, head):
         words, fill = tokenizer_of(source, form, config, tokenizer)
         if fill is not None:
             config = replace(config, text=replace(config.text, pad_id=fill))
         if head is not None and head.form == "answers":
             head = replace(head, start=words.bos_id)
+    if (config, head) != sized:  # the tokenizer has told something of the model
         with undrawn():
             model = built(config, head)
     state = {f"{inner}{key}": value for key, value in converted.state.items()}
